@@ -1,0 +1,231 @@
+"""Static facts about the arguments: axes, shapes, dtypes, and every check of them.
+
+Nothing here computes on arrays. A call is checked as a whole before its first array operation.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """How the axes of `x` divide into features and elements to reduce.
+
+    Attributes:
+        feature: the feature axes, non-negative and increasing.
+        reduced: all the others.
+    """
+
+    feature: tuple[int, ...]
+    reduced: tuple[int, ...]
+
+    def expand(self, v: jax.Array) -> jax.Array:
+        """Gives a feature array [C] the rank of `x`, as [1, ..., C] or wherever its axes lie."""
+        return jax.lax.expand_dims(v, self.reduced)
+
+    def feature_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the feature arrays that belong to an `x` of this shape."""
+        return tuple(shape[i] for i in self.feature)
+
+    def reduced_size(self, shape: Sequence[int]) -> int:
+        """N, the number of elements of `x` that each feature has."""
+        return math.prod(shape[i] for i in self.reduced)
+
+
+def real_dtype(*dtypes: Any) -> np.dtype:
+    """The real dtype to accumulate in: float64 if any of the dtypes has its width, or float32."""
+    wide = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def compute_dtype(*dtypes: Any) -> np.dtype:
+    """`real_dtype`, or the complex dtype of the same precision if any of the dtypes is complex."""
+    real = real_dtype(*dtypes)
+    is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
+    return np.result_type(real, np.complex64) if is_complex else real
+
+
+def describe(value: Any) -> str:
+    """What came, for an error message: dtype[shape] of an array, else its type and value."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{np.dtype(value.dtype).name}[{','.join(map(str, value.shape))}]"
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def is_traced(value: Any) -> bool:
+    """Whether the value is not known before the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_array(name: str, value: Any) -> jax.Array:
+    """Returns `value` as a jax.Array if it is an array of any kind."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if not is_array and not hasattr(value, "__jax_array__"):
+        raise TypeError(
+            f"{name} must be an array, got {describe(value)}. Convert it first: jnp.asarray({name})."
+        )
+    return jnp.asarray(value)
+
+
+def check_float_array(name: str, value: Any) -> jax.Array:
+    """Returns `value` as a jax.Array if its dtype is floating or complex."""
+    value = check_array(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(
+            f"{name} must be floating point or complex, got {describe(value)}. "
+            f"Cast it first: {name}.astype(jnp.float32)."
+        )
+    return value
+
+
+def check_axes(axis: int | Sequence[int], x: jax.Array) -> Axes:
+    """Resolves the `axis` argument against the rank of `x`."""
+    try:
+        given = tuple(operator.index(a) for a in (axis if np.iterable(axis) else (axis,)))
+    except TypeError:
+        raise TypeError(f"axis must be an int or ints, got {describe(axis)}.") from None
+    for a in given:
+        if not -x.ndim <= a < x.ndim:
+            raise ValueError(
+                f"axis {a} is out of range for x = {describe(x)}: "
+                f"a feature axis lies between {-x.ndim} and {x.ndim - 1}."
+                if x.ndim
+                else f"x = {describe(x)} has no axes, so it cannot have the feature axis {a}: "
+                "give x at least one axis."
+            )
+    feature = tuple(sorted(a % x.ndim for a in given))
+    if len(set(feature)) < len(feature):
+        raise ValueError(
+            f"axis = {axis!r} names an axis of x = {describe(x)} twice: name each feature axis once."
+        )
+    return Axes(feature, tuple(i for i in range(x.ndim) if i not in feature))
+
+
+def check_feature(name: str, value: Any, x: jax.Array, axes: Axes) -> jax.Array:
+    """Checks a feature array (scale, bias, mean, var): one number for each feature."""
+    value = check_float_array(name, value)
+    expected = axes.feature_shape(x.shape)
+    if value.shape != expected:
+        raise ValueError(
+            f"{name} must have the shape of the feature axes {axes.feature} of x = {describe(x)}, "
+            f"{expected}, got {describe(value)}."
+        )
+    if name == "var" and jnp.iscomplexobj(value):
+        raise TypeError(f"var must be real, got {describe(value)}: var is E|x - mean|^2.")
+    return value
+
+
+def check_residual(residual: Any, x: jax.Array) -> jax.Array:
+    """Checks that `residual` can be added to the output."""
+    residual = check_float_array("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x = {describe(x)}, got {describe(residual)}. "
+            "Broadcast it first: jnp.broadcast_to(residual, x.shape)."
+        )
+    return residual
+
+
+def check_mask(mask: Any, x: jax.Array) -> jax.Array:
+    """Returns the mask as a boolean array of the rank of `x`, not yet broadcast."""
+    mask = check_array("mask", mask)
+    try:
+        fits = np.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask must broadcast to x = {describe(x)}, got {describe(mask)}. As in NumPy, its "
+            "axes are matched from the last: a mask of the batch axis alone needs ones after it, "
+            "mask.reshape(-1, 1, ..., 1)."
+        )
+    if mask.dtype != jnp.bool_:
+        if not is_traced(mask) and not bool(jnp.all((mask == 0) | (mask == 1))):
+            raise ValueError(
+                f"mask must be boolean or hold only 0 and 1, got {describe(mask)} with other "
+                "values. Weights are not supported: use mask != 0 to select elements."
+            )
+        mask = mask != 0
+    return jax.lax.expand_dims(mask, range(x.ndim - mask.ndim))
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> Any:
+    """Checks that a hyperparameter is a real number in [low, high], if it is known."""
+    if is_traced(value):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {describe(value)}.") from None
+    if not low <= number <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {bounds}, got {number:g}.")
+    return value
+
+
+def check_output_dtype(dtype: Any, x: jax.Array, computed: np.dtype) -> np.dtype:
+    """Resolves the `dtype` argument: that of `x` by default, able to hold what is computed."""
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"dtype must be floating point or complex, got {dtype.name}.")
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if jnp.issubdtype(computed, jnp.complexfloating) and not jnp.issubdtype(
+        dtype, jnp.complexfloating
+    ):
+        raise TypeError(
+            f"the output is complex but its dtype would be {dtype.name}: "
+            f"pass dtype=jnp.{computed.name}, or take real parts first."
+        )
+    return dtype
+
+
+def check_axis_groups(axis_name: Any, axis_index_groups: Any) -> None:
+    """Checks that groups come with the axis that they divide."""
+    if axis_index_groups is not None and axis_name is None:
+        raise ValueError(
+            f"axis_index_groups = {axis_index_groups!r} needs axis_name: groups divide a named axis."
+        )
+
+
+def check_activation(activation: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:
+    """Returns the dtype that `activation` turns [shape, dtype] into, checking that it keeps shape."""
+    if activation is None:
+        return dtype
+    if not callable(activation):
+        raise TypeError(
+            "activation must be an elementwise function such as jax.nn.relu, "
+            f"got {describe(activation)}."
+        )
+    z = jax.ShapeDtypeStruct(shape, dtype)
+    y = jax.eval_shape(activation, z)
+    if getattr(y, "shape", None) != shape:
+        raise ValueError(
+            f"activation must be elementwise, but {getattr(activation, '__name__', activation)} "
+            f"turns {describe(z)} into {describe(y)}. Apply it to the output instead."
+        )
+    return y.dtype
+
+
+def align_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """Casts arrays to vary over the same manual mesh axes.
+
+    Inside `jax.shard_map` a replicated scale meets an `x` that differs by device. A custom rule
+    returns a cotangent that differs by device for both; the cast, made outside the rule, is what
+    sums the cotangent of the replicated one. Elsewhere this does nothing.
+    """
+    present = [a for a in arrays if a is not None]
+    varying = [jax.typeof(a).manual_axis_type.varying for a in present]
+    every = frozenset[Any]().union(*varying)
+
+    def cast(a: jax.Array | None) -> jax.Array | None:
+        missing = () if a is None else tuple(every - jax.typeof(a).manual_axis_type.varying)
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return tuple(cast(a) for a in arrays)
