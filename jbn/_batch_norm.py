@@ -24,6 +24,8 @@ class _Arguments:
 
     Attributes:
         x: [..., C].
+        x_carrier: `x` cast to the dtype of computation, never read: see _moments.py.
+        mask: boolean, of the rank of `x`, or None.
         features: scale, bias, mean, var, those that were given, each [C].
         residual: in the shape of `x`, or None.
         activation: as given.
@@ -33,6 +35,8 @@ class _Arguments:
     """
 
     x: jax.Array
+    x_carrier: jax.Array
+    mask: jax.Array | None
     features: dict[str, jax.Array]
     residual: jax.Array | None
     activation: Activation | None
@@ -99,10 +103,11 @@ def batch_norm(
         >>> y.round(3).tolist(), moments.var.tolist()
         ([[0.0, 0.0], [1.0, 1.0]], [1.0, 100.0])
     """
-    args = _check(x, axis, epsilon, residual, activation, dtype, scale=scale, bias=bias)
-    mask = None if mask is None else _axes.check_mask(mask, args.x)
     _axes.check_axis_groups(axis_name, axis_index_groups)
-    stats = _moments.statistics(args.x, mask, args.axes, axis_name, axis_index_groups, custom_vjp)
+    args = _check(x, axis, epsilon, mask, residual, activation, dtype, scale=scale, bias=bias)
+    stats = _moments.statistics(
+        args.x_carrier, args.x, args.mask, args.axes, axis_name, axis_index_groups, custom_vjp
+    )
     rstd = _rstd(stats.var, epsilon, empty=stats.count == 0)
     return _normalize(args, stats.shift, stats.offset, rstd, custom_vjp), stats.moments()
 
@@ -153,9 +158,8 @@ def batch_norm_inference(
         >>> jbn.batch_norm_inference(x, mean, var, epsilon=0.0).tolist()
         [[-1.0], [1.0]]
     """
-    args = _check(
-        x, axis, epsilon, residual, activation, dtype, scale=scale, bias=bias, mean=mean, var=var
-    )
+    features = {"scale": scale, "bias": bias, "mean": mean, "var": var}
+    args = _check(x, axis, epsilon, None, residual, activation, dtype, **features)
     mean, var = args.features["mean"], args.features["var"]
     return _normalize(args, mean, None, _rstd(var, epsilon), custom_vjp=True)
 
@@ -164,6 +168,7 @@ def _check(
     x: Any,
     axis: Any,
     epsilon: Any,
+    mask: Any,
     residual: Any,
     activation: Any,
     dtype: Any,
@@ -177,14 +182,18 @@ def _check(
         for name, value in features.items()
         if value is not None or name in ("mean", "var")
     }
-    if residual is not None:
-        residual = _axes.check_residual(residual, x)
+    residual = None if residual is None else _axes.check_residual(residual, x)
     _axes.check_number("epsilon", epsilon, 0)
-    operands = [x, *features.values(), *([] if residual is None else [residual])]
-    computed = _axes.compute_dtype(*(a.dtype for a in operands))
+    dtypes = [x.dtype, *(v.dtype for v in features.values())]
+    computed = _axes.compute_dtype(*dtypes, *([] if residual is None else [residual.dtype]))
     returned = _axes.check_activation(activation, x.shape, computed)
     dtype = _axes.check_output_dtype(dtype, x, returned)
-    return _Arguments(x, features, residual, activation, axes, computed, dtype)
+    mask = None if mask is None else _axes.check_mask(mask, x)
+
+    x, mask, residual, *values = _axes.align_varying(x, mask, residual, *features.values())
+    features = dict(zip(features, values, strict=True))
+    carrier = _moments.carrier(x)
+    return _Arguments(x, carrier, mask, features, residual, activation, axes, computed, dtype)
 
 
 def _rstd(var: jax.Array, epsilon: Any, empty: Any = False) -> jax.Array:
@@ -217,16 +226,16 @@ def _normalize(
         bias=bias,
         residual=args.residual,
     )
-    operands = _Operands(*_axes.align_varying(*operands))
-    x_carrier = widen(operands.x)
     activation, closed_over = args.activation, ()
     if activation is not None:
-        activation, closed_over = jax.closure_convert(activation, x_carrier.astype(args.computed))
+        z = args.x_carrier.astype(args.computed)  # for its type alone
+        activation, closed_over = jax.closure_convert(activation, z)
+        _, *closed_over = _axes.align_varying(z, *closed_over)
     dtypes = _Operands(*(None if v is None else v.dtype for v in operands))
     spec = _Spec(args.axes, dtypes, args.computed, args.dtype, activation)
     if custom_vjp:
-        return _affine(spec, x_carrier, operands, tuple(closed_over))
-    return _affine_plain(spec, operands, tuple(closed_over))
+        return _affine(spec, args.x_carrier, operands, tuple(closed_over))
+    return _affine_plain(spec, operands._replace(x=args.x_carrier), tuple(closed_over))
 
 
 # The normalisation, with c = x - mean, f = scale * rstd and sums over all N elements of a feature,
@@ -354,8 +363,7 @@ def _affine_bwd(spec, kept, dy):
     da = _Operands(
         *(None if v is None or d is None else cast(v, d) for v, d in zip(da, spec.dtypes))
     )
-    dx_dtype = _axes.compute_dtype(_axes.real_dtype(spec.computed), spec.dtypes.x)
-    return cast(dx, dx_dtype), da, tuple(dclosed_over)
+    return cast(dx, _axes.compute_dtype(spec.dtypes.x)), da, tuple(dclosed_over)
 
 
 _affine.defvjp(_affine_fwd, _affine_bwd)

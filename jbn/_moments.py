@@ -97,7 +97,8 @@ def moments(
     axes = _axes.check_axes(axis, x)
     mask = None if mask is None else _axes.check_mask(mask, x)
     _axes.check_axis_groups(axis_name, axis_index_groups)
-    return statistics(x, mask, axes, axis_name, axis_index_groups).moments()
+    x, mask = _axes.align_varying(x, mask)
+    return statistics(carrier(x), x, mask, axes, axis_name, axis_index_groups).moments()
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -126,7 +127,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         >>> both.mean.tolist(), both.count.tolist()
         ([3.0], [3.0])
     """
-    a, b = check_moments("a", a), _check_moments("b", b)
+    a, b = check_moments("a", a), check_moments("b", b)
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             "a and b must be moments of the same features, got mean = "
@@ -136,7 +137,13 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return _pool(Statistics(both.mean, jnp.zeros_like(both.mean), both.var, both.count)).moments()
 
 
+def carrier(x: jax.Array) -> jax.Array:
+    """`x` in the dtype of computation, to take its cotangents: see `_local_statistics`."""
+    return x.astype(_axes.compute_dtype(x.dtype))
+
+
 def statistics(
+    x_carrier: jax.Array,
     x: jax.Array,
     mask: jax.Array | None,
     axes: Axes,
@@ -149,11 +156,10 @@ def statistics(
     Only the local pass has a hand-written rule. The merge over devices is plain JAX on O(C)
     numbers, so JAX transposes its collective rightly under every kind of mapping.
     """
-    x, mask = _axes.align_varying(x, mask)
     if custom_vjp:
-        stats = _local_statistics(axes, x.astype(_axes.compute_dtype(x.dtype)), x, mask)
+        stats = _local_statistics(axes, x_carrier, x, mask)
     else:
-        stats = _local_statistics_plain(axes, x, mask)
+        stats = _local_statistics_plain(axes, x_carrier, mask)
     stats = stats._replace(shift=lax.stop_gradient(stats.shift))
     if axis_name is not None:
         stats = _pool(_all_gather(stats, axis_name, axis_index_groups))
@@ -173,7 +179,8 @@ def statistics(
 #
 # x enters the rule twice: `x` is read and kept in its own dtype; `x_carrier`, the same values cast
 # to the dtype of computation, is never read and takes the cotangent. So the contributions of this
-# rule and of the normalisation are added before the one rounding to the dtype of x.
+# rule and of the normalisation, which has the same carrier, are added before the one rounding to
+# the dtype of x.
 
 
 def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) -> Statistics:
@@ -315,5 +322,5 @@ def check_moments(name: str, m: Moments) -> Moments:
 
 def _same_dtype(*arrays: jax.Array) -> list[jax.Array]:
     """Casts arrays to the one dtype that holds them all."""
-    dtype = functools.reduce(jnp.promote_types, [a.dtype for a in arrays])
+    dtype = _axes.compute_dtype(*(a.dtype for a in arrays))
     return [a.astype(dtype) for a in arrays]

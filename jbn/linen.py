@@ -147,7 +147,7 @@ class BatchNorm(nn.Module):
     def _running_stats(self, shape: tuple[int, ...], is_complex: bool) -> dict[str, nn.Variable]:
         """The variables of `batch_stats`."""
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean_dtype = jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype
+        mean_dtype = _axes.compute_dtype(dtype, jnp.complex64) if is_complex else dtype
         running = {
             "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype),
             "var": self.variable("batch_stats", "var", jnp.ones, shape, dtype),

@@ -1,0 +1,86 @@
+"""The functions under test, under one signature.
+
+A new path (a lowering, a layer, a variant) is held to the whole contract by an entry here.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jbn
+import jbn.linen
+from tests import cases
+from tests.cases import Case
+
+
+def function(case: Case, args: dict[str, Any], custom_vjp: bool = True) -> tuple[Any, jbn.Moments]:
+    """The functional form."""
+    return jbn.batch_norm(
+        args["x"],
+        args["scale"],
+        args["bias"],
+        axis=case.axis,
+        epsilon=case.epsilon,
+        mask=args["mask"],
+        residual=args["residual"],
+        activation=case.activation,
+        custom_vjp=custom_vjp,
+    )
+
+
+def autodiff(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
+    """The functional form, differentiated by JAX."""
+    return function(case, args, custom_vjp=False)
+
+
+def linen(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
+    """The Linen layer in training."""
+    layer = jbn.linen.BatchNorm(
+        use_running_average=False,
+        axis=case.axis,
+        epsilon=case.epsilon,
+        dtype=args["x"].dtype,
+        use_scale=case.scale,
+        use_bias=case.bias,
+        activation=case.activation,
+    )
+    zeros = jnp.zeros(case.features, cases.accumulated(args["x"].dtype))
+    variables = {
+        "params": {k: args[k] for k in ("scale", "bias") if args[k] is not None},
+        "batch_stats": {"mean": zeros, "var": zeros.real},
+    }
+    y, updated = layer.apply(
+        variables,
+        args["x"],
+        mask=args["mask"],
+        residual=args["residual"],
+        mutable=["batch_stats", "batch_moments"],
+    )
+    return y, updated["batch_moments"]["moments"]
+
+
+ALL = (function, autodiff, linen)
+
+
+def run(implementation: Any, case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments, dict]:
+    """Values, moments, and gradients as `oracle.gradients` gives them, in one compiled program."""
+    names = [k for k in ("x", "scale", "bias", "residual") if args[k] is not None]
+
+    @jax.jit
+    def program(diff, rest, cotangents):
+        (y, moments), pull = jax.vjp(lambda d: implementation(case, {**rest, **d}), diff)
+        dy, dmean, dvar = cotangents
+        zero = jax.tree.map(jnp.zeros_like, (y, moments))
+        chosen = {
+            "y": (dy.astype(y.dtype), zero[1]),
+            "mean": (zero[0], zero[1]._replace(mean=dmean)),
+            "var": (zero[0], zero[1]._replace(var=dvar)),
+        }
+        return y, moments, {name: pull(g)[0] for name, g in chosen.items()}
+
+    diff = {k: jnp.asarray(args[k]) for k in names}
+    rest = {k: args[k] for k in ("scale", "bias", "mask", "residual") if k not in names}
+    out = program(diff, rest, (args["dy"], args["dmean"], args["dvar"]))
+    return jax.tree.map(np.asarray, out)

@@ -1,0 +1,125 @@
+"""Values, gradients, dtypes and memory: what every implementation owes, for every case."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import cases, implementations, oracle
+
+by_name = {"ids": lambda v: getattr(v, "name", getattr(v, "__name__", str(v)))}
+implementation = pytest.mark.parametrize("implementation", implementations.ALL, **by_name)
+case = pytest.mark.parametrize("case", cases.CASES, **by_name)
+
+
+@functools.cache
+def run(implementation, case, dtype="float64"):
+    args = cases.draw(case, dtype)
+    return args, implementations.run(implementation, case, args)
+
+
+def allclose(actual, expected, rtol, name):
+    scale = max(1.0, np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * scale, err_msg=name)
+
+
+@implementation
+@case
+def test_values(implementation, case):
+    args, (y, moments, _) = run(implementation, case)
+    expected, mean, var, n = oracle.batch_norm(case, args)
+    assert y.shape == case.shape
+    allclose(y, expected, 1e-12, "y")
+    allclose(moments.mean, mean, 1e-12, "mean")
+    allclose(moments.var, var, 1e-12, "var")
+    np.testing.assert_array_equal(moments.count, n)
+    assert all(m.shape == case.features for m in moments)
+
+
+@implementation
+@case
+def test_gradients(implementation, case):
+    args, (_, _, grads) = run(implementation, case)
+    expected = oracle.gradients(case, args)
+    for output in ("y", "mean", "var"):
+        assert grads[output].keys() == expected[output].keys()
+        for name, value in grads[output].items():
+            assert value.shape == args[name].shape
+            allclose(value, expected[output][name], 1e-12, f"d{output}/d{name}")
+
+
+DTYPE_CASES = tuple(
+    c for c in cases.CASES if c.name in ("nhwc", "sampled sparsely", "add and relu", "float mask")
+)
+
+
+@implementation
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("case", DTYPE_CASES, **by_name)
+def test_dtypes(implementation, case, dtype):
+    """Errors are roundings of the accumulation dtype, and one rounding to the dtype of x."""
+    if np.issubdtype(jnp.dtype(dtype), np.complexfloating) and case.activation is jax.nn.relu:
+        case = cases.Case("add", case.shape, residual=True)  # relu has no complex form
+    args, (y, moments, grads) = run(implementation, case, dtype)
+    accumulated = jnp.finfo(moments.var.dtype).eps
+    allowed = 32 * accumulated * np.sqrt(case.n)
+    rounded = allowed + 0.51 * float(jnp.finfo(dtype).eps)
+    expected, mean, var, _ = oracle.batch_norm(case, args)
+    assert y.dtype == grads["y"]["x"].dtype == args["x"].dtype
+    assert moments.mean.dtype == args["dmean"].dtype
+    assert moments.var.dtype == moments.count.dtype == args["dvar"].dtype
+    assert moments.var.dtype in (np.float32, np.float64)
+    allclose(y, expected, rounded, "y")
+    allclose(moments.mean, mean, allowed, "mean")
+    allclose(moments.var, var, allowed, "var")
+    for output, expected in oracle.gradients(case, args).items():
+        for name, value in grads[output].items():
+            assert value.dtype == args[name].dtype
+            tolerance = rounded if name in ("x", "residual") else allowed
+            allclose(value, expected[name], tolerance, f"d{output}/d{name}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dx_is_rounded_once(dtype):
+    """dx has two contributions; each element is the float32 sum, rounded to its nearest."""
+    case = cases.Case("rounding", (64, 8))
+    args = cases.draw(case, dtype)
+    _, pull = jax.vjp(lambda x: implementations.function(case, {**args, "x": x})[0], args["x"])
+    (dx,) = pull(jnp.asarray(args["dy"]))  # not jitted: XLA might drop roundings of its own accord
+    exact = oracle.gradients(case, args)["y"]["x"]
+    nearest = exact.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    differ = np.asarray(dx) != nearest
+    assert differ.mean() < 0.005  # only where float32 falls on the other side of a tie
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", cases.CASES[1:], **by_name)
+def test_kept_for_the_backward(case, dtype):
+    """x, the mask, the residual where an activation needs it, in their own dtypes, and O(C)."""
+    args = cases.draw(case, dtype)
+    names = [k for k in ("x", "scale", "bias", "residual") if args[k] is not None]
+
+    @jax.jit
+    def kept(diff):
+        _, pull = jax.vjp(lambda d: implementations.function(case, {**args, **d}), diff)
+        return jax.tree.leaves(pull)
+
+    big = [v for v in kept({k: jnp.asarray(args[k]) for k in names}) if v.shape == case.shape]
+    if case.features == case.shape or case.shape == (1, 6):
+        pytest.skip("features are as large as x")
+    expected = {"x"}
+    if case.activation is not None and case.residual:
+        expected.add("residual")
+    found = set()
+    for value in big:
+        if value.dtype == bool:
+            assert case.mask is not None
+            np.testing.assert_array_equal(value, np.broadcast_to(args["mask"] != 0, case.shape))
+            continue
+        (name,) = [k for k in expected if np.array_equal(value, args[k])] or ["unknown"]
+        assert value.dtype == args["x"].dtype
+        found.add(name)
+    assert found == expected
