@@ -186,12 +186,24 @@ def check_output_dtype(dtype: Any, x: jax.Array, computed: np.dtype) -> np.dtype
     return dtype
 
 
-def check_axis_groups(axis_name: Any, axis_index_groups: Any) -> None:
-    """Checks that groups come with the axis that they divide."""
-    if axis_index_groups is not None and axis_name is None:
+def check_axis_names(axis_name: Any, axis_index_groups: Any) -> tuple[Any, ...]:
+    """Returns the names of the mapped axes that the batch is split over, which must be bound."""
+    names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+    names = () if axis_name is None else names
+    if axis_index_groups is not None and len(names) != 1:
         raise ValueError(
-            f"axis_index_groups = {axis_index_groups!r} needs axis_name: groups divide a named axis."
+            "axis_index_groups divide one named axis, "
+            f"got axis_name = {axis_name!r} with axis_index_groups = {axis_index_groups!r}."
         )
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise NameError(
+                f"axis_name {name!r} is not bound: call inside jax.vmap or jax.pmap with "
+                f"axis_name={name!r}, or inside jax.shard_map over a mesh with this axis."
+            ) from None
+    return names
 
 
 def check_activation(activation: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:

@@ -95,6 +95,7 @@ def batch_norm(
         TypeError: if an argument has the wrong type, or y is complex and `dtype` is not.
         ValueError: if an axis is out of range or repeated, a shape does not fit `x`, epsilon is
             negative, or the activation changes the shape.
+        NameError: if `axis_name` is not bound.
 
     Example:
         >>> import jax, jax.numpy as jnp, jbn
@@ -103,10 +104,10 @@ def batch_norm(
         >>> y.round(3).tolist(), moments.var.tolist()
         ([[0.0, 0.0], [1.0, 1.0]], [1.0, 100.0])
     """
-    _axes.check_axis_groups(axis_name, axis_index_groups)
+    names = _axes.check_axis_names(axis_name, axis_index_groups)
     args = _check(x, axis, epsilon, mask, residual, activation, dtype, scale=scale, bias=bias)
     stats = _moments.statistics(
-        args.x_carrier, args.x, args.mask, args.axes, axis_name, axis_index_groups, custom_vjp
+        args.x_carrier, args.x, args.mask, args.axes, names, axis_index_groups, custom_vjp
     )
     rstd = _rstd(stats.var, epsilon, empty=stats.count == 0)
     return _normalize(args, stats.shift, stats.offset, rstd, custom_vjp), stats.moments()

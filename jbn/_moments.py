@@ -87,6 +87,7 @@ def moments(
     Raises:
         TypeError: if `x` or `mask` is not an array, or `x` is not floating or complex.
         ValueError: if an axis is out of range or repeated, or `mask` does not broadcast to `x`.
+        NameError: if `axis_name` is not bound.
 
     Example:
         >>> import jax.numpy as jnp, jbn
@@ -96,9 +97,9 @@ def moments(
     x = _axes.check_float_array("x", x)
     axes = _axes.check_axes(axis, x)
     mask = None if mask is None else _axes.check_mask(mask, x)
-    _axes.check_axis_groups(axis_name, axis_index_groups)
+    names = _axes.check_axis_names(axis_name, axis_index_groups)
     x, mask = _axes.align_varying(x, mask)
-    return statistics(carrier(x), x, mask, axes, axis_name, axis_index_groups).moments()
+    return statistics(carrier(x), x, mask, axes, names, axis_index_groups).moments()
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -147,7 +148,7 @@ def statistics(
     x: jax.Array,
     mask: jax.Array | None,
     axes: Axes,
-    axis_name: Any = None,
+    axis_names: tuple[Any, ...] = (),
     axis_index_groups: Any = None,
     custom_vjp: bool = True,
 ) -> Statistics:
@@ -161,8 +162,8 @@ def statistics(
     else:
         stats = _local_statistics_plain(axes, x_carrier, mask)
     stats = stats._replace(shift=lax.stop_gradient(stats.shift))
-    if axis_name is not None:
-        stats = _pool(_all_gather(stats, axis_name, axis_index_groups))
+    for name in axis_names:
+        stats = _pool(_all_gather(stats, name, axis_index_groups))
     return stats
 
 

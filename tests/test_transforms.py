@@ -1,0 +1,318 @@
+"""JAX's transformations, composed: gradients of all orders, vmap, scan, checkpoint, jit, devices."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jbn
+from tests import cases, oracle
+
+CASE = cases.Case("everything", (4, 3, 2), mask=(4, 1, 2), residual=True, activation=jnp.tanh)
+NAMES = ("x", "scale", "bias", "residual")
+ARGS = cases.draw(CASE)
+DIFF = tuple(jnp.asarray(ARGS[k]) for k in NAMES)
+
+
+def batch_norm(x, scale, bias, residual=None, **options):
+    options = {"mask": ARGS["mask"], "activation": jnp.tanh, **options}
+    return jbn.batch_norm(x, scale, bias, residual=residual, **options)
+
+
+def loss(*diff, **options):
+    """A scalar that depends on y, on the mean and on the variance."""
+    y, moments = batch_norm(*diff, **options)
+    weight = jnp.asarray(ARGS["dy"]).astype(y.dtype)
+    return jnp.sum(weight * y**2) + jnp.sum(jnp.sin(moments.mean) * moments.var)
+
+
+plain = functools.partial(loss, custom_vjp=False)
+
+
+def naive(*diff):
+    """The same scalar from the oracle, for derivatives of any order."""
+    y, mean, var, _ = oracle.batch_norm(CASE, {**ARGS, **dict(zip(NAMES, diff, strict=True))}, jnp)
+    return jnp.sum(jnp.asarray(ARGS["dy"]) * y**2) + jnp.sum(jnp.sin(mean) * var)
+
+
+def close(actual, expected, rtol=1e-12):
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("argnum", range(4), ids=NAMES)
+def test_numerical_gradients(argnum):
+    def f(v):
+        return loss(*DIFF[:argnum], v, *DIFF[argnum + 1 :])
+
+    chex.assert_numerical_grads(jax.jit(f), (DIFF[argnum],), order=1, atol=1e-7, rtol=1e-7, modes=["rev"])
+
+
+@pytest.mark.parametrize("argnum", range(5), ids=("x", "mean", "var", "scale", "bias"))
+def test_numerical_gradients_of_inference(argnum):
+    args = [DIFF[0], jnp.array([0.3, 3.0]), jnp.array([0.5, 2.0]), *DIFF[1:3]]
+
+    def f(v):
+        y = jbn.batch_norm_inference(*args[:argnum], v, *args[argnum + 1 :], activation=jnp.tanh)
+        return jnp.sum(jnp.asarray(ARGS["dy"]) * y**2)
+
+    chex.assert_numerical_grads(jax.jit(f), (args[argnum],), order=1, atol=1e-7, rtol=1e-7, modes=["rev"])
+
+
+def test_check_grads():
+    check = functools.partial(jax.test_util.check_grads, args=DIFF, atol=1e-5, rtol=1e-5)
+    check(jax.jit(loss), order=2, modes=["rev"])
+    check(jax.jit(plain), order=2, modes=["fwd", "rev"])
+
+
+def test_first_order():
+    every = tuple(range(4))
+    expected = jax.grad(naive, every)(*DIFF)
+    value, grads = jax.value_and_grad(loss, every)(*DIFF)
+    close(grads, expected)
+    close(value, naive(*DIFF))
+    out, pull = jax.vjp(loss, *DIFF)
+    close(pull(jnp.ones_like(out)), expected)
+    close(jax.jit(jax.grad(plain, every))(*DIFF), expected)
+
+
+@pytest.mark.parametrize("argnum", range(4), ids=NAMES)
+def test_second_order(argnum):
+    def hessian(f):
+        return jax.jit(jax.hessian(f, argnum))(*DIFF)
+
+    expected = hessian(naive)
+    close(hessian(loss), expected, 1e-11)
+    close(jax.jit(jax.jacrev(jax.grad(loss, argnum), argnum))(*DIFF), expected, 1e-11)
+
+
+def test_grad_of_grad():
+    def norm(f):
+        return lambda *diff: sum(jnp.sum(g**2) for g in jax.grad(f, (0, 1, 2, 3))(*diff))
+
+    grad = [jax.jit(jax.grad(norm(f), (0, 1, 2, 3)))(*DIFF) for f in (loss, naive)]
+    close(*grad, 1e-10)
+
+
+def test_jvp_of_grad():
+    tangents = tuple(jnp.cos(d) for d in DIFF)
+    out = [
+        jax.jit(lambda d, t, f=f: jax.jvp(jax.grad(f, (0, 1, 2, 3)), d, t))(DIFF, tangents)
+        for f in (loss, naive)
+    ]
+    close(*out, 1e-11)
+
+
+def test_forward_mode_of_the_plain_definition():
+    tangents = tuple(jnp.cos(d) for d in DIFF)
+    close(jax.jvp(plain, DIFF, tangents), jax.jvp(naive, DIFF, tangents))
+    close(jax.jacfwd(plain)(*DIFF), jax.grad(naive)(*DIFF))
+    out, linear = jax.linearize(plain, *DIFF)
+    close((out, linear(*tangents)), jax.jvp(naive, DIFF, tangents))
+
+
+def test_forward_mode_of_the_custom_rule_says_what_to_do():
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(loss, DIFF, DIFF)
+
+
+@pytest.mark.parametrize("batched", [(0,), (1, 2), (0, 1, 2, 3)], ids=["x", "parameters", "both"])
+def test_vmap(batched):
+    def stack(i, v):
+        return jnp.stack([v, 2 * v + 1, -v]) if i in batched else v
+
+    stacked = [stack(i, v) for i, v in enumerate(DIFF)]
+    axes = [0 if i in batched else None for i in range(4)]
+    f = jax.value_and_grad(loss, (0, 1, 2, 3))
+    expected = [f(*(v if a is None else v[k] for v, a in zip(stacked, axes, strict=True)))
+                for k in range(3)]
+    close(jax.jit(jax.vmap(f, axes))(*stacked), jax.tree.map(lambda *v: jnp.stack(v), *expected))
+
+
+def test_grad_of_vmap_over_parameters():
+    def total(scale):
+        return jnp.sum(jax.vmap(lambda s: loss(DIFF[0], s, *DIFF[2:]))(scale))
+
+    scales = jnp.stack([DIFF[1], 3 * DIFF[1]])
+    expected = jnp.stack([jax.grad(loss, 1)(DIFF[0], s, *DIFF[2:]) for s in scales])
+    close(jax.jit(jax.grad(total))(scales), expected)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "checkpointed"])
+def test_scan_over_layers(checkpoint):
+    scales = jnp.stack([DIFF[1], DIFF[1] + 1, 2 * DIFF[1]])
+
+    def layer(x, scale):
+        y, moments = batch_norm(x, scale, DIFF[2], x)
+        return y, moments.var
+
+    layer = jax.checkpoint(layer) if checkpoint else layer
+
+    def scanned(x, scales):
+        y, var = jax.lax.scan(layer, x, scales)
+        return jnp.sum(y * ARGS["dy"]) + jnp.sum(var)
+
+    def unrolled(x, scales):
+        total = 0.0
+        for scale in scales:
+            x, var = layer(x, scale)
+            total += jnp.sum(var)
+        return jnp.sum(x * ARGS["dy"]) + total
+
+    out = [jax.jit(jax.grad(f, (0, 1)))(DIFF[0], scales) for f in (scanned, unrolled)]
+    close(*out)
+
+
+def test_moments_carried_through_scan_under_a_mask():
+    """Padded batches, one of them empty, pool to the moments of the valid elements."""
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=(5, 8, 3)), rng.random((5, 8, 1)) < 0.5
+    mask[2] = False
+
+    @jax.jit
+    def pool(x, mask):
+        def step(carry, batch):
+            return jbn.merge_moments(carry, jbn.moments(batch[0], mask=batch[1])), None
+
+        zeros = jnp.zeros(3, x.dtype)
+        return jax.lax.scan(step, jbn.Moments(zeros, zeros, zeros), (x, mask))[0]
+
+    valid = x[mask[..., 0]]
+    close(pool(x, mask), jbn.Moments(valid.mean(0), valid.var(0), np.full(3, len(valid) * 1.0)))
+    pooled = pool(x.astype("float32"), mask)
+    assert all(m.dtype == np.float32 for m in pooled)
+    grad = jax.grad(lambda x: jnp.sum(pool(x, mask).var))(x)
+    close(grad, mask * 2 * (x - valid.mean(0)[None, None]) / len(valid))
+
+
+def test_closed_over_slope_gets_its_gradient():
+    def prelu(slope, custom_vjp):
+        def activation(z):
+            return jnp.where(z > 0, z, slope * z)
+
+        y, _ = jbn.batch_norm(*DIFF[:3], activation=activation, custom_vjp=custom_vjp)
+        return jnp.sum(y * ARGS["dy"])
+
+    slope = jnp.float64(0.25)
+    y, _ = jbn.batch_norm(*DIFF[:3])
+    expected = jnp.sum(jnp.where(y > 0, 0, y) * ARGS["dy"])
+    assert abs(expected) > 0.1
+    for custom_vjp in (True, False):
+        grad = jax.grad(functools.partial(prelu, custom_vjp=custom_vjp))
+        close(grad(slope), expected)
+        close(jax.jit(grad)(slope), expected)
+        close(jax.vmap(grad)(jnp.stack([slope, slope]))[1], expected)
+
+
+def test_donated_arguments():
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(x):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(batch_norm(x, *DIFF[1:3])[0])))(x)
+
+    x = jnp.array(DIFF[0])
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(batch_norm(x, *DIFF[1:3])[0])))(DIFF[0])
+    close(step(x), expected)
+    assert x.is_deleted()
+
+
+def test_second_call_does_not_trace_again():
+    traces = []
+
+    @jax.jit
+    def step(x, scale, bias, residual, epsilon):
+        traces.append(None)
+        return jax.grad(functools.partial(loss, epsilon=epsilon), (0, 1))(x, scale, bias, residual)
+
+    first = step(*DIFF, 1e-5)
+    step(*(2 * d for d in DIFF), 1e-3)
+    close(step(*DIFF, 1e-5), first)
+    assert len(traces) == 1
+
+
+def test_traced_hyperparameters_are_not_checked():
+    y, _ = jax.jit(lambda e: jbn.batch_norm(DIFF[0], epsilon=e))(1e-3)
+    close(y, jbn.batch_norm(DIFF[0], epsilon=1e-3)[0])
+
+
+def sharded(kind, f):
+    """f of the local shards over axis `d` of 4, under one kind of mapping."""
+    if kind == "vmap":
+        return jax.vmap(f, axis_name="d", in_axes=(0, None, None), out_axes=0)
+    if kind == "pmap":
+        return jax.pmap(f, axis_name="d", in_axes=(0, None, None), out_axes=0)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    spec, whole = PartitionSpec("d"), PartitionSpec()
+
+    def local(x, scale, bias):
+        out = f(jax.tree.map(lambda v: v[0], x), scale, bias)
+        return jax.tree.map(lambda v: v[None], out)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(spec, whole, whole),
+        out_specs=spec,
+        check_vma=kind == "shard_map, checked",
+    )
+
+
+@pytest.mark.parametrize("kind", ["vmap", "pmap", "shard_map, checked", "shard_map, unchecked"])
+def test_a_batch_split_over_devices(kind):
+    """Each of 4 devices has 4 rows, of which a mask leaves 4, 2, 1 and none."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(4, 4, 3)) * 2 + 5
+    mask = np.arange(4)[:, None] < np.array([4, 2, 1, 0])[:, None, None]
+    mask = mask.reshape(4, 4, 1)
+    dy = rng.normal(size=x.shape)
+    scale, bias = DIFF[1].repeat(2)[:3], DIFF[2].repeat(2)[:3]
+
+    def total(x, scale, bias, mask, dy, **options):
+        y, m = jbn.batch_norm(x, scale, bias, mask=mask, activation=jnp.tanh, **options)
+        return jnp.sum(y * dy), (y, m)
+
+    def local(args, scale, bias):
+        x, mask, dy = args
+
+        def loss(x, scale, bias):
+            value, aux = total(x, scale, bias, mask, dy, axis_name="d")
+            return jax.lax.psum(value, "d") if kind.startswith("shard_map, c") else value, aux
+
+        grads, (y, m) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+        if not kind.startswith("shard_map, c"):  # there psum's transpose has summed them
+            grads = (grads[0], *jax.lax.psum(grads[1:], "d"))
+        return y, m, grads
+
+    y, moments, (dx, dscale, dbias) = jax.jit(sharded(kind, local))((x, mask, dy), scale, bias)
+    whole = [v.reshape(16, -1) for v in (x, mask, dy)]
+    grads, (ey, em) = jax.grad(total, (0, 1, 2), has_aux=True)(
+        jnp.asarray(whole[0]), scale, bias, whole[1], whole[2]
+    )
+    close(y.reshape(16, 3), ey)
+    close(dx.reshape(16, 3), grads[0])
+    for device in range(4):
+        close(jax.tree.map(lambda v, d=device: v[d], moments), em)
+        close((dscale[device], dbias[device]), grads[1:])
+
+
+def test_groups_of_devices():
+    x = np.random.default_rng(2).normal(size=(4, 5, 3))
+    groups = [[0, 2], [1, 3]]
+    f = functools.partial(jbn.moments, axis_name="d", axis_index_groups=groups)
+    moments = jax.pmap(f, axis_name="d")(x)
+    for group, device in itertools.product(groups, range(2)):
+        expected = jbn.moments(np.concatenate([x[i] for i in group]))
+        close(jax.tree.map(lambda v, g=group, d=device: v[g[d]], moments), expected)
+
+
+def test_two_named_axes():
+    x = np.random.default_rng(3).normal(size=(2, 3, 5, 4))
+    f = functools.partial(jbn.batch_norm, axis_name=("a", "b"))
+    y, moments = jax.vmap(jax.vmap(f, axis_name="b"), axis_name="a")(x)
+    expected = jbn.batch_norm(x.reshape(30, 4))
+    close(y.reshape(30, 4), expected[0])
+    close(jax.tree.map(lambda v: v[1, 2], moments), expected[1])
