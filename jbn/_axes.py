@@ -5,6 +5,7 @@ Nothing here computes on arrays. A call is checked as a whole before its first a
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ def describe(value: Any) -> str:
 
 def is_traced(value: Any) -> bool:
     """Whether the value is not known before the program runs."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def check_array(name: str, value: Any) -> jax.Array:
@@ -69,7 +73,8 @@ def check_array(name: str, value: Any) -> jax.Array:
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     if not is_array and not hasattr(value, "__jax_array__"):
         raise TypeError(
-            f"{name} must be an array, got {describe(value)}. Convert it first: jnp.asarray({name})."
+            f"{name} must be an array, got {describe(value)}. "
+            f"Convert it first: jnp.asarray({name})."
         )
     return jnp.asarray(value)
 
@@ -103,7 +108,8 @@ def check_axes(axis: int | Sequence[int], x: jax.Array) -> Axes:
     feature = tuple(sorted(a % x.ndim for a in given))
     if len(set(feature)) < len(feature):
         raise ValueError(
-            f"axis = {axis!r} names an axis of x = {describe(x)} twice: name each feature axis once."
+            f"axis = {axis!r} names an axis of x = {describe(x)} twice: "
+            "name each feature axis once."
         )
     return Axes(feature, tuple(i for i in range(x.ndim) if i not in feature))
 
@@ -160,10 +166,9 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> A
     """Checks that a hyperparameter is a real number in [low, high], if it is known."""
     if is_traced(value):
         return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {describe(value)}.") from None
+    if not isinstance(value, numbers.Real) and getattr(value, "shape", None) != ():
+        raise TypeError(f"{name} must be a number, got {describe(value)}.")
+    number = float(value)
     if not low <= number <= high:
         bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {bounds}, got {number:g}.")
@@ -207,7 +212,7 @@ def check_axis_names(axis_name: Any, axis_index_groups: Any) -> tuple[Any, ...]:
 
 
 def check_activation(activation: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:
-    """Returns the dtype that `activation` turns [shape, dtype] into, checking that it keeps shape."""
+    """Checks that `activation` keeps the shape and returns the dtype that it gives."""
     if activation is None:
         return dtype
     if not callable(activation):
@@ -225,7 +230,7 @@ def check_activation(activation: Any, shape: tuple[int, ...], dtype: np.dtype) -
     return y.dtype
 
 
-def align_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+def align_varying(*arrays: jax.Array | None) -> tuple[Any, ...]:
     """Casts arrays to vary over the same manual mesh axes.
 
     Inside `jax.shard_map` a replicated scale meets an `x` that differs by device. A custom rule

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jbn import _axes, _moments
-from jbn._axes import Axes
+from jbn._axes import Array, Axes
 from jbn._complex import cast, times
 from jbn._moments import Moments
 
@@ -46,14 +46,14 @@ class _Arguments:
 
 
 def batch_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float | jax.Array = 1e-5,
-    mask: jax.Array | None = None,
-    residual: jax.Array | None = None,
+    mask: Array | None = None,
+    residual: Array | None = None,
     activation: Activation | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -114,15 +114,15 @@ def batch_norm(
 
 
 def batch_norm_inference(
-    x: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    x: Array,
+    mean: Array,
+    var: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float | jax.Array = 1e-5,
-    residual: jax.Array | None = None,
+    residual: Array | None = None,
     activation: Activation | None = None,
     dtype: Any = None,
 ) -> jax.Array:
@@ -302,13 +302,13 @@ class _Spec:
 
 
 def _centre(spec: _Spec, a: _Operands) -> jax.Array:
-    """C = x - mean, the mean subtracted in its two parts."""
+    """c = x - mean, the mean subtracted in its two parts."""
     c = a.x.astype(spec.centred_dtype) - spec.axes.expand(a.shift).astype(spec.centred_dtype)
     return c if a.offset is None else c - spec.axes.expand(a.offset)
 
 
 def _preactivation(spec: _Spec, a: _Operands, c: jax.Array) -> jax.Array:
-    """Z = f c + bias + residual."""
+    """z = f c + bias + residual."""
     z = times(c, spec.axes.expand(a.factor)).astype(spec.computed)
     if a.bias is not None:
         z = z + spec.axes.expand(a.bias).astype(spec.computed)
@@ -318,7 +318,7 @@ def _preactivation(spec: _Spec, a: _Operands, c: jax.Array) -> jax.Array:
 
 
 def _activate(spec: _Spec, z: jax.Array, *closed_over: jax.Array) -> jax.Array:
-    """Y = activation(z), in its dtype."""
+    """y = activation(z), in its dtype."""
     return (spec.activation(z, *closed_over) if spec.activation else z).astype(spec.dtype)
 
 
@@ -345,7 +345,7 @@ def _affine_bwd(spec, kept, dy):
     a, closed_over = kept
     c = _centre(spec, a)
     if spec.activation is None:
-        dz, dclosed_over = dy.astype(spec.computed), ()
+        dz, dclosed_over = cast(dy, spec.computed), ()
     else:
         z = _preactivation(spec, a, c)
         _, pull = jax.vjp(functools.partial(_activate, spec), z, *closed_over)
@@ -362,7 +362,10 @@ def _affine_bwd(spec, kept, dy):
         residual=dz,
     )
     da = _Operands(
-        *(None if v is None or d is None else cast(v, d) for v, d in zip(da, spec.dtypes))
+        *(
+            None if v is None or dtype is None else cast(v, dtype)
+            for v, dtype in zip(da, spec.dtypes, strict=True)
+        )
     )
     return cast(dx, _axes.compute_dtype(spec.dtypes.x)), da, tuple(dclosed_over)
 

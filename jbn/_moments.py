@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn import _axes
-from jbn._axes import Axes
+from jbn._axes import Array, Axes
 from jbn._complex import abs2, times
 
 # A shift taken from one element in 64 costs 1/64 of a read of x; see `_sample_mean`.
@@ -57,10 +57,10 @@ class Statistics(NamedTuple):
 
 
 def moments(
-    x: jax.Array,
+    x: Array,
     *,
     axis: int | Sequence[int] = -1,
-    mask: jax.Array | None = None,
+    mask: Array | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
@@ -94,12 +94,12 @@ def moments(
         >>> jbn.moments(jnp.array([[1.0, 2.0], [3.0, 6.0]])).mean.tolist()
         [2.0, 4.0]
     """
-    x = _axes.check_float_array("x", x)
-    axes = _axes.check_axes(axis, x)
-    mask = None if mask is None else _axes.check_mask(mask, x)
+    values = _axes.check_float_array("x", x)
+    axes = _axes.check_axes(axis, values)
+    valid = None if mask is None else _axes.check_mask(mask, values)
     names = _axes.check_axis_names(axis_name, axis_index_groups)
-    x, mask = _axes.align_varying(x, mask)
-    return statistics(carrier(x), x, mask, axes, names, axis_index_groups).moments()
+    values, valid = _axes.align_varying(values, valid)
+    return statistics(carrier(values), values, valid, axes, names, axis_index_groups).moments()
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -157,10 +157,11 @@ def statistics(
     Only the local pass has a hand-written rule. The merge over devices is plain JAX on O(C)
     numbers, so JAX transposes its collective rightly under every kind of mapping.
     """
-    if custom_vjp:
-        stats = _local_statistics(axes, x_carrier, x, mask)
-    else:
-        stats = _local_statistics_plain(axes, x_carrier, mask)
+    stats: Statistics = (
+        _local_statistics(axes, x_carrier, x, mask)
+        if custom_vjp
+        else _local_statistics_plain(axes, x_carrier, mask)
+    )
     stats = stats._replace(shift=lax.stop_gradient(stats.shift))
     for name in axis_names:
         stats = _pool(_all_gather(stats, name, axis_index_groups))

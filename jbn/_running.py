@@ -85,7 +85,8 @@ def update_running_stats(
         stored = dtype if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old) else old.dtype
         old, new = old.astype(dtype), jnp.where(take, new, 0).astype(dtype)
         if momentum is None:
-            updated = old + times(1 / (running.count.astype(_axes.real_dtype(dtype)) + 1), new - old)
+            weight = 1 / (running.count.astype(_axes.real_dtype(dtype)) + 1)
+            updated = old + times(weight, new - old)
         elif isinstance(momentum, float | int):  # 1 - momentum without float32's rounding
             updated = momentum * old + (1 - momentum) * new
         else:
@@ -108,9 +109,7 @@ def _check(running: RunningStats, moments: Moments) -> tuple[RunningStats, Momen
     moments = _moments.check_moments("moments", moments)
     if not isinstance(running, RunningStats):
         raise TypeError(f"running must be jbn.RunningStats, got {_axes.describe(running)}.")
-    checked = {
-        k: _axes.check_float_array(f"running.{k}", v) for k, v in running._asdict().items()
-    }
+    checked = {k: _axes.check_float_array(f"running.{k}", v) for k, v in running._asdict().items()}
     for k, v in checked.items():
         if v.shape != moments.mean.shape:
             raise ValueError(

@@ -163,8 +163,10 @@ def test_checkpoints_load_into_each_other():
     saved = flax.serialization.to_bytes({**variables, **updated})
     loaded = flax.serialization.from_bytes(ours.init(jax.random.key(1), x), saved)
     close(loaded, {**variables, **updated}, 0)
-    close(ours.clone(use_running_average=True).apply(loaded, x),
-          theirs.clone(use_running_average=True).apply(loaded, x))
+    close(
+        ours.clone(use_running_average=True).apply(loaded, x),
+        theirs.clone(use_running_average=True).apply(loaded, x),
+    )
 
 
 @BOTH
@@ -300,7 +302,23 @@ def test_forward_mode_without_the_custom_rule():
         return cls(False, **options).apply(variables, x, mutable=["batch_stats"])[0]
 
     ours = jax.jvp(functools.partial(f, cls=JBN, custom_vjp=False), (x,), (jnp.cos(x),))
-    theirs = jax.jvp(
-        functools.partial(f, cls=FLAX, use_fast_variance=False), (x,), (jnp.cos(x),)
-    )
+    theirs = jax.jvp(functools.partial(f, cls=FLAX, use_fast_variance=False), (x,), (jnp.cos(x),))
     close(ours, theirs)
+
+
+def test_kept_for_the_backward():
+    """For bfloat16 input Flax's layer keeps two float32 arrays of its size, jbn's x alone."""
+    x = jax.random.normal(jax.random.key(0), (16, 8), jnp.bfloat16)
+
+    def kept(cls):
+        layer = cls(False, dtype=jnp.bfloat16)
+        variables = layer.init(jax.random.key(0), x)
+
+        def f(x):
+            return layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+        leaves = jax.tree.leaves(jax.vjp(f, x)[1])
+        return [v.dtype.name for v in leaves if v.size >= x.size]
+
+    assert kept(FLAX) == ["float32", "float32"]
+    assert kept(JBN) == ["bfloat16"]

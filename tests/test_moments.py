@@ -176,8 +176,9 @@ def test_zero_size(shape):
     y, moments = jbn.batch_norm(jnp.zeros(shape), jnp.ones(shape[-1:]), jnp.ones(shape[-1:]))
     assert y.shape == shape
     for m in moments:
-        np.testing.assert_array_equal(m, np.full(shape[-1], 0 if m is not moments.count else
-                                                 np.prod(shape[:-1])))
+        np.testing.assert_array_equal(
+            m, np.full(shape[-1], 0 if m is not moments.count else np.prod(shape[:-1]))
+        )
 
 
 def test_merging_empty_moments():
@@ -275,7 +276,9 @@ def test_unbiased_variance_of_one_element(guard):
     new = jbn.update_running_stats(running(), one, momentum=0.5, unbiased=True, guard=guard)
     np.testing.assert_array_equal(new.mean, [0.5, 1, 1.5])
     np.testing.assert_array_equal(new.var, [1, 1, 4.5])
-    new = jbn.update_running_stats(running(7.0, 7.0), one, momentum=None, unbiased=True, guard=guard)
+    new = jbn.update_running_stats(
+        running(7.0, 7.0), one, momentum=None, unbiased=True, guard=guard
+    )
     np.testing.assert_array_equal(new.mean, [7, 7, 3])
     np.testing.assert_array_equal(new.var, [7, 7, 8])
     np.testing.assert_array_equal(new.count, [0, 0, 1])
@@ -300,7 +303,9 @@ def test_complex_mean(momentum):
 
 def test_momentum_may_be_traced():
     f = jax.jit(lambda m: jbn.update_running_stats(running(), batch(), momentum=m))
-    for a, b in zip(f(0.7), jbn.update_running_stats(running(), batch(), momentum=0.7), strict=True):
+    for a, b in zip(
+        f(0.7), jbn.update_running_stats(running(), batch(), momentum=0.7), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-15)
 
 

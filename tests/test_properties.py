@@ -254,9 +254,7 @@ def test_11_inference_by_the_batchs_own_moments(q):
     moments = jbn.moments(q.x, axis=q.axis)
 
     def inference(x, mean, var, scale, bias):
-        return jbn.batch_norm_inference(
-            x, mean, var, scale, bias, axis=q.axis, epsilon=q.epsilon
-        )
+        return jbn.batch_norm_inference(x, mean, var, scale, bias, axis=q.axis, epsilon=q.epsilon)
 
     y, pull = jax.vjp(inference, q.x, moments.mean, moments.var, *q.args[1:3])
     dx, dmean, dvar, dscale, dbias = pull(jnp.asarray(q.dz))

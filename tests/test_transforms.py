@@ -1,4 +1,4 @@
-"""JAX's transformations, composed: gradients of all orders, vmap, scan, checkpoint, jit, devices."""
+"""JAX's transformations, composed: gradients of all orders, vmap, scan, jit, devices."""
 
 import functools
 import itertools
@@ -50,7 +50,9 @@ def test_numerical_gradients(argnum):
     def f(v):
         return loss(*DIFF[:argnum], v, *DIFF[argnum + 1 :])
 
-    chex.assert_numerical_grads(jax.jit(f), (DIFF[argnum],), order=1, atol=1e-7, rtol=1e-7, modes=["rev"])
+    chex.assert_numerical_grads(
+        jax.jit(f), (DIFF[argnum],), order=1, atol=1e-7, rtol=1e-7, modes=["rev"]
+    )
 
 
 @pytest.mark.parametrize("argnum", range(5), ids=("x", "mean", "var", "scale", "bias"))
@@ -61,7 +63,9 @@ def test_numerical_gradients_of_inference(argnum):
         y = jbn.batch_norm_inference(*args[:argnum], v, *args[argnum + 1 :], activation=jnp.tanh)
         return jnp.sum(jnp.asarray(ARGS["dy"]) * y**2)
 
-    chex.assert_numerical_grads(jax.jit(f), (args[argnum],), order=1, atol=1e-7, rtol=1e-7, modes=["rev"])
+    chex.assert_numerical_grads(
+        jax.jit(f), (args[argnum],), order=1, atol=1e-7, rtol=1e-7, modes=["rev"]
+    )
 
 
 def test_check_grads():
@@ -129,8 +133,9 @@ def test_vmap(batched):
     stacked = [stack(i, v) for i, v in enumerate(DIFF)]
     axes = [0 if i in batched else None for i in range(4)]
     f = jax.value_and_grad(loss, (0, 1, 2, 3))
-    expected = [f(*(v if a is None else v[k] for v, a in zip(stacked, axes, strict=True)))
-                for k in range(3)]
+    expected = [
+        f(*(v if a is None else v[k] for v, a in zip(stacked, axes, strict=True))) for k in range(3)
+    ]
     close(jax.jit(jax.vmap(f, axes))(*stacked), jax.tree.map(lambda *v: jnp.stack(v), *expected))
 
 

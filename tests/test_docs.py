@@ -1,0 +1,82 @@
+"""What the documentation shows is run: docstring examples, README code, the cost of importing."""
+
+import doctest
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jbn
+import jbn._batch_norm
+import jbn._moments
+import jbn._running
+import jbn.linen
+
+pytestmark = pytest.mark.standard_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+MODULES = (jbn._moments, jbn._batch_norm, jbn._running, jbn.linen)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_docstring_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted >= 2
+    assert failed == 0
+
+
+def test_public_functions_have_examples():
+    for name in jbn.__all__:
+        if name not in ("Moments", "RunningStats"):
+            assert ">>>" in getattr(jbn, name).__doc__, name
+
+
+def test_readme_code():
+    """The blocks are one session, from top to bottom."""
+    assert len(BLOCKS) >= 4
+    session = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), session)
+
+
+def test_readme_links():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
+    ).stdout.strip()
+
+
+def test_import_needs_jax_alone():
+    code = """
+import sys, jax
+before = set(sys.modules)
+import jbn
+print(sorted({m.partition(".")[0] for m in set(sys.modules) - before}))
+"""
+    ours = set(eval(run(code))) - set(sys.stdlib_module_names)
+    assert ours == {"jbn"}
+
+
+def test_version():
+    assert jbn.__version__ == importlib.metadata.version("jbn")
+    assert f"[{jbn.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_public_names():
+    assert jbn.__all__ == sorted(jbn.__all__)
+    assert all(hasattr(jbn, name) for name in jbn.__all__)
+    assert (ROOT / "jbn" / "py.typed").exists()
