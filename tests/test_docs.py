@@ -2,12 +2,14 @@
 
 import doctest
 import importlib.metadata
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import jbn
@@ -43,6 +45,25 @@ def test_readme_code():
     session = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), session)
+
+
+def test_readme_figures_of_the_digits():
+    """They are those of the committed run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        digits = importlib.import_module("digits")
+    results = json.loads((ROOT / "examples/results/digits.json").read_text())
+    curves = {name: np.array(values) for name, values in results["test_accuracy"].items()}
+    sentences = digits.effects(results["learning_rates"], curves)
+    rows = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    shown = [row for row in rows if "learning rate" in row[0]]
+    assert len(shown) == 3
+    for sentence, (_, without, with_batch_norm) in zip(sentences, shown, strict=True):
+        numbers = re.search(
+            r"plain (.*?)(?: %)?(?: at .*?)?, batch norm (.*?)(?: %)?(?: at .*)?\.$", sentence
+        )
+        assert numbers is not None
+        assert numbers.groups() == (without, with_batch_norm)
 
 
 def test_readme_links():

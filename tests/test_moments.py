@@ -113,6 +113,28 @@ def test_overflow_is_inf_and_never_nan():
     assert np.isfinite(grad).all()
 
 
+def test_overflow_far_from_the_sampled_elements():
+    """Both squares are infinite here, that of the elements and that of the shift's offset."""
+    x = np.full((64, 1), 1e30, np.float32)
+    x[::4] = 0
+    y, moments = jbn.batch_norm(x)
+    assert moments.var[0] == np.inf
+    np.testing.assert_allclose(moments.mean[0], 7.5e29, rtol=1e-6)
+    np.testing.assert_array_equal(y, 0)
+
+
+@pytest.mark.parametrize("value", [0.1, 1234.567, 1e6 / 3, 1e17 / 7])
+def test_constant_feature_under_a_mask(value):
+    """The shift is rounded, so all differences are one tiny number: var must not fall below 0."""
+    x = np.full((1001, 50), value, np.float32)
+    mask = np.random.default_rng(0).random((1001, 50)) < 0.7
+    y, moments = jax.jit(lambda x, mask: jbn.batch_norm(x, epsilon=1e-12, mask=mask))(x, mask)
+    assert (moments.var >= 0).all()
+    np.testing.assert_allclose(moments.mean, x[0], rtol=1e-6)
+    np.testing.assert_allclose(moments.var, 0, atol=(1e-6 * value) ** 2)
+    assert np.isfinite(y).all()
+
+
 def test_sums_that_overflow():
     """Values whose plain sum is infinite still have a finite mean near them."""
     x = np.full((64, 1), 3e38, np.float32)

@@ -1,0 +1,259 @@
+"""The examples, run on the real digits for an epoch."""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.standard_jax
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NETWORKS = ["plain", "batch norm"]
+HUGE_RATE = 1e9
+BATCH_SIZES = (1, 8, 32)  # fewer than the example, for time
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The example modules, imported as a script beside them would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield SimpleNamespace(
+            digits=importlib.import_module("digits"),
+            questions=importlib.import_module("questions"),
+        )
+    del sys.modules["digits"], sys.modules["questions"]
+
+
+@pytest.fixture(scope="module")
+def digits_run(examples, tmp_path_factory):
+    """One run of digits.py: its folder, what it printed, and how often it traced training."""
+    folder = tmp_path_factory.mktemp("run") / "new" / "folder"
+    traced = []
+    train_epoch = examples.digits.train_epoch
+
+    def counted(*args):
+        traced.append(args)
+        return train_epoch(*args)
+
+    flags = ["--epochs", "1", "--seeds", "2", "--output", str(folder)]
+    flags += ["--learning-rates", f"{HUGE_RATE}", "0.1"]
+    stdout = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(examples.digits, "train_epoch", counted)
+        examples.digits.main(flags)
+    return SimpleNamespace(folder=folder, stdout=stdout.getvalue(), traces=len(traced))
+
+
+@pytest.fixture(scope="module")
+def questions_run(examples):
+    """What one run of questions.py printed."""
+    stdout = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(examples.questions, "BATCH_SIZES", BATCH_SIZES)
+        examples.questions.main(["--epochs", "1"])
+    return stdout.getvalue()
+
+
+def table_rows(text):
+    """The cells of each line of rich's tables."""
+    lines = (line for line in text.splitlines() if line.startswith("│"))
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def unwrapped(text):
+    return " ".join(text.split())
+
+
+def test_digits_json_holds_every_run(digits_run):
+    results = json.loads((digits_run.folder / "digits.json").read_text())
+    assert results["learning_rates"] == [0.1, HUGE_RATE]
+    assert (results["epochs"], results["batch_size"], results["seeds"]) == (1, 64, 2)
+    assert list(results["test_accuracy"]) == NETWORKS
+    for values in results["test_accuracy"].values():
+        values = np.array(values)
+        assert values.shape == (2, 1, 2)
+        assert (values >= 0).all()
+        assert (values <= 1).all()
+    plain, batch_norm = (np.array(results["test_accuracy"][name]) for name in NETWORKS)
+    assert batch_norm[0, 0].min() > 0.4
+    assert batch_norm[0, 0].min() > plain[0, 0].max()
+
+
+def test_digits_figure_is_whole(digits_run):
+    png = (digits_run.folder / "digits.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png.endswith(b"IEND\xaeB`\x82")
+    assert sorted(path.name for path in digits_run.folder.iterdir()) == [
+        "digits.json",
+        "digits.png",
+    ]
+
+
+def test_digits_table_and_sentences(digits_run):
+    rows = table_rows(digits_run.stdout)
+    assert [row[:2] for row in rows] == [
+        [rate, name] for rate in ("0.1", "1e+09") for name in NETWORKS
+    ]
+    results = json.loads((digits_run.folder / "digits.json").read_text())
+    means = [
+        100 * np.mean(results["test_accuracy"][name][i][-1]) for i in range(2) for name in NETWORKS
+    ]
+    assert [row[2].split()[0] for row in rows] == [f"{mean:.1f}" for mean in means]
+    text = unwrapped(digits_run.stdout)
+    assert "Test accuracy at the best learning rate: plain" in text
+    assert "Epochs to 95% at the fastest learning rate: plain" in text
+    assert "Largest learning rate tried at which no seed fails: plain none, batch norm" in text
+
+
+def test_digits_reports_divergence(digits_run):
+    results = json.loads((digits_run.folder / "digits.json").read_text())
+    for values in results["test_accuracy"].values():
+        assert np.max(values[1]) < 0.2
+    assert [row[-2:] for row in table_rows(digits_run.stdout)[2:]] == 2 * [[">1", "2 of 2"]]
+
+
+def test_digits_traces_once_per_network(digits_run):
+    assert digits_run.traces == len(NETWORKS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        (["--epochs", "0"], "must be a whole number, 1 or more, not '0'"),
+        (["--seeds", "two"], "must be a whole number, 1 or more, not 'two'"),
+        (["--batch-size", "-3"], "must be a whole number, 1 or more, not '-3'"),
+        (["--batch-size", "1348"], "at most 1347, the number of training images, not 1348"),
+        (["--learning-rates", "0.1", "-1"], "must be a finite number above 0, not '-1'"),
+        (["--learning-rates", "nan"], "must be a finite number above 0, not 'nan'"),
+        (["--learning-rates", "fast"], "must be a finite number above 0, not 'fast'"),
+        (["--learning-rates"], "expected at least one argument"),
+    ],
+)
+def test_digits_bad_flags(examples, flags, allowed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(examples.digits, "train", None)  # calling it would be a TypeError
+    folder = tmp_path / "out"
+    with pytest.raises(SystemExit) as exit_info:
+        examples.digits.main([*flags, "--output", str(folder)])
+    assert exit_info.value.code == 2
+    assert allowed in unwrapped(capsys.readouterr().err)
+    assert not folder.exists()
+
+
+def test_digits_output_that_cannot_be_a_folder(examples, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(examples.digits, "train", None)
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    for folder in (taken, taken / "below"):
+        with pytest.raises(SystemExit) as exit_info:
+            examples.digits.main(["--output", str(folder)])
+        assert exit_info.value.code == 2
+        error = unwrapped(capsys.readouterr().err)
+        assert "--output must be a folder that can be created and written" in error
+    assert list(tmp_path.iterdir()) == [taken]
+    assert taken.read_text() == "a file"
+
+
+def test_write_whole_or_not_at_all(examples, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    examples.digits.write_whole(path, b"new")
+    assert path.read_text() == "new"
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        examples.digits.write_whole(tmp_path / "taken", b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_epochs_to_target(examples):
+    accuracies = np.array([[0.5, 0.96, 0.2], [0.95, 0.9, 0.3], [0.99, 0.99, 0.94]])
+    epochs = examples.digits.epochs_to_target(accuracies)
+    assert epochs.tolist() == [2, 1, math.inf]
+    assert examples.digits.epochs_text(epochs, trained=3) == "2 (1 to >3)"
+    assert examples.digits.epochs_text(np.array([math.inf, math.inf]), trained=3) == ">3"
+
+
+def test_effects_name_the_best_rates(examples):
+    curves = {
+        "plain": np.array([[[0.8, 0.9], [0.96, 0.97]], [[0.1, 0.9], [0.1, 0.98]]]),
+        "batch norm": np.array([[[0.96, 0.9], [0.97, 0.97]], [[0.96, 0.96], [0.98, 1.0]]]),
+    }
+    assert examples.digits.effects([0.1, 1.0], curves) == [
+        "Test accuracy at the best learning rate: plain 96.5 (96.0 to 97.0) % at 0.1, "
+        "batch norm 99.0 (98.0 to 100.0) % at 1.",
+        "Epochs to 95% at the fastest learning rate: plain 2 at 0.1, batch norm 1 at 1.",
+        "Largest learning rate tried at which no seed fails: plain 0.1, batch norm 1.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("digits", ["--epochs", "--batch-size", "--learning-rates", "--seeds", "--output"]),
+        ("questions", ["--epochs", "--seed"]),
+    ],
+)
+def test_help(examples, name, flags, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        getattr(examples, name).main(["--help"])
+    assert exit_info.value.code == 0
+    text = unwrapped(capsys.readouterr().out)
+    assert all(flag in text for flag in flags)
+    assert text.count("(default: ") == len(flags)
+
+
+def test_questions_batch_of_one(questions_run):
+    rows = table_rows(questions_run)[: len(BATCH_SIZES)]
+    assert [row[0] for row in rows] == [f"{size}" for size in BATCH_SIZES]
+    assert rows[0][1:3] == ["0", "0"]
+    assert all(float(row[1]) > 0.5 and float(row[2]) > 0.5 for row in rows[1:])
+    accuracies = {int(row[0]): float(row[3]) for row in rows}
+    assert accuracies[1] < 25
+    assert accuracies[8] > 80
+
+
+def test_questions_test_time(questions_run):
+    start = len(BATCH_SIZES)
+    batch, running, pooled = (
+        list(map(float, row[1:])) for row in table_rows(questions_run)[start : start + 3]
+    )
+    alone, of_eight, together, one_class = batch
+    assert alone < 30
+    assert one_class < 50
+    assert alone < of_eight < together
+    for fixed in (running, pooled):
+        assert fixed == 4 * [fixed[0]]
+        assert fixed[0] > 80
+
+
+def test_questions_biases(questions_run):
+    start = len(BATCH_SIZES) + 3
+    weight_grad, bias_grad, logit, logit_change, loss, loss_change = (
+        float(row[1]) for row in table_rows(questions_run)[start:]
+    )
+    assert min(weight_grad, logit, loss) > 1e-3
+    assert bias_grad < 1e-13 * weight_grad
+    assert logit_change < 1e-12 * logit
+    assert loss_change < 1e-12 * loss
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        (["--epochs", "0"], "must be a whole number, 1 or more, not '0'"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, not -1"),
+        (["--seed", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_questions_bad_flags(examples, flags, allowed, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        examples.questions.main(flags)
+    assert exit_info.value.code == 2
+    assert allowed in unwrapped(capsys.readouterr().err)
