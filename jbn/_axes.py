@@ -1,6 +1,6 @@
 """Static facts about the arguments: axes, shapes, dtypes, and every check of them.
 
-Nothing here computes on arrays. A call is checked as a whole before its first array operation.
+Nothing here computes on `x`. A call is checked as a whole before its first array operation.
 """
 
 import dataclasses
@@ -242,7 +242,8 @@ def align_varying(*arrays: jax.Array | None) -> tuple[Any, ...]:
     every = frozenset[Any]().union(*varying)
 
     def cast(a: jax.Array | None) -> jax.Array | None:
-        missing = () if a is None else tuple(every - jax.typeof(a).manual_axis_type.varying)
+        held = every if a is None else jax.typeof(a).manual_axis_type.varying
+        missing = tuple(sorted(every - held, key=str))
         return jax.lax.pcast(a, missing, to="varying") if missing else a
 
     return tuple(cast(a) for a in arrays)

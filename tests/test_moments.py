@@ -94,14 +94,6 @@ def test_split_batch_far_from_zero_is_as_accurate():
     assert np.max(np.abs(np.asarray(y, np.float64) - exact)) < 1e-4
 
 
-def test_mask_counts_beyond_float32():
-    """float32 stops counting ones at 2^24."""
-    n = 2**24 + 3
-    x, mask = jnp.zeros((n, 1), jnp.float16), jnp.ones((n, 1), bool)
-    count = jax.jit(lambda x, mask: jbn.moments(x, mask=mask).count)(x, mask)
-    assert count[0] == np.float32(n)
-
-
 def test_overflow_is_inf_and_never_nan():
     x = np.array([[1e30, 1], [-1e30, 2], [3e30, 3]], np.float32)
     y, moments = jbn.batch_norm(x, jnp.full(2, 2, "float32"), jnp.full(2, 0.5, "float32"))
@@ -123,6 +115,16 @@ def test_overflow_far_from_the_sampled_elements():
     np.testing.assert_array_equal(y, 0)
 
 
+def test_constant_features_are_exact():
+    """At any magnitude, also where the sum of the sample would be rounded."""
+    rng = np.random.default_rng(0)
+    value = (rng.uniform(1, 2, 100) * 10.0 ** rng.uniform(-30, 30, 100)).astype("float32")
+    y, moments = jbn.batch_norm(np.broadcast_to(value, (1000, 100)), bias=-value)
+    np.testing.assert_array_equal(moments.var, 0)
+    np.testing.assert_array_equal(moments.mean, value)
+    np.testing.assert_array_equal(y, np.broadcast_to(-value, y.shape))
+
+
 @pytest.mark.parametrize("value", [0.1, 1234.567, 1e6 / 3, 1e17 / 7])
 def test_constant_feature_under_a_mask(value):
     """The shift is rounded, so all differences are one tiny number: var must not fall below 0."""
@@ -141,6 +143,15 @@ def test_sums_that_overflow():
     x[::2] = 2e38
     y, moments = jbn.batch_norm(x)
     assert 2e38 <= moments.mean[0] <= 3e38
+    assert moments.var[0] == np.inf
+    np.testing.assert_array_equal(y, 0)
+
+
+def test_sample_whose_sum_overflows():
+    x = np.zeros((64, 1), np.float32)
+    x[32:] = 3e38
+    y, moments = jbn.batch_norm(x)
+    assert 0 <= moments.mean[0] <= 3e38
     assert moments.var[0] == np.inf
     np.testing.assert_array_equal(y, 0)
 
