@@ -5,7 +5,7 @@ by plain SGD, with and without `jbn.linen.BatchNorm`, from the same initial weig
 batches, at each of several learning rates. The run shows three effects: a higher test accuracy,
 fewer epochs to reach 95 %, and larger learning rates that still train.
 
-    pip install jbn[examples]
+    pip install -e ".[examples]"
     python examples/digits.py
 """
 
@@ -334,6 +334,7 @@ def parse_args(argv: Sequence[str] | None, batch_size_limit: int) -> argparse.Na
     parser = argparse.ArgumentParser(
         description="Train a small network on handwritten digits with and without batch norm.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--epochs", type=positive_int, default=10, help="passes over the training images")

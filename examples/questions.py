@@ -6,7 +6,7 @@
 
 The data and the training loop come from `digits.py` beside this file.
 
-    pip install jbn[examples]
+    pip install -e ".[examples]"
     python examples/questions.py
 """
 
@@ -254,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Three questions about batch norm, answered by measuring on digits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--epochs", type=positive_int, default=10, help="of each training run")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order of images")

@@ -1,13 +1,14 @@
 """Static facts about the arguments: axes, shapes, dtypes, and every check of them.
 
-Nothing here computes on `x`. A call is checked as a whole before its first array operation.
+A call is checked as a whole before anything is computed from `x`. Values that are traced, unlike
+their shapes and dtypes, are not checked.
 """
 
 import dataclasses
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +43,15 @@ class Axes:
         """N, the number of elements of `x` that each feature has."""
         return math.prod(shape[i] for i in self.reduced)
 
+    def can_slice(self, x: jax.Array) -> bool:
+        """Whether the reduced axes have known sizes and are whole on every device.
+
+        Exported programs may have a symbolic batch, and a slice along an axis that is sharded
+        over an Explicit mesh axis is an error.
+        """
+        spec = jax.typeof(x).sharding.spec
+        return all(isinstance(x.shape[i], int) and spec[i] is None for i in self.reduced)
+
 
 def real_dtype(*dtypes: Any) -> np.dtype:
     """The real dtype to accumulate in: float64 if any of the dtypes has its width, or float32."""
@@ -59,7 +69,7 @@ def compute_dtype(*dtypes: Any) -> np.dtype:
 def describe(value: Any) -> str:
     """What came, for an error message: dtype[shape] of an array, else its type and value."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{np.dtype(value.dtype).name}[{','.join(map(str, value.shape))}]"
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return f"{type(value).__name__} {value!r:.80}"
 
 
@@ -76,7 +86,10 @@ def check_array(name: str, value: Any) -> jax.Array:
             f"{name} must be an array, got {describe(value)}. "
             f"Convert it first: jnp.asarray({name})."
         )
-    return jnp.asarray(value)
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of numbers, got {describe(value)}.") from None
 
 
 def check_float_array(name: str, value: Any) -> jax.Array:
@@ -95,7 +108,9 @@ def check_axes(axis: int | Sequence[int], x: jax.Array) -> Axes:
     try:
         given = tuple(operator.index(a) for a in (axis if np.iterable(axis) else (axis,)))
     except TypeError:
-        raise TypeError(f"axis must be an int or ints, got {describe(axis)}.") from None
+        raise TypeError(
+            f"axis must be an int or ints, the feature axes, got {describe(axis)}."
+        ) from None
     for a in given:
         if not -x.ndim <= a < x.ndim:
             raise ValueError(
@@ -141,9 +156,9 @@ def check_residual(residual: Any, x: jax.Array) -> jax.Array:
 
 def check_mask(mask: Any, x: jax.Array) -> jax.Array:
     """Returns the mask as a boolean array of the rank of `x`, not yet broadcast."""
-    mask = check_array("mask", mask)
+    given, mask = mask, check_array("mask", mask)
     try:
-        fits = np.broadcast_shapes(mask.shape, x.shape) == x.shape
+        fits = jnp.broadcast_shapes(mask.shape, x.shape) == x.shape
     except ValueError:
         fits = False
     if not fits:
@@ -153,7 +168,10 @@ def check_mask(mask: Any, x: jax.Array) -> jax.Array:
             "mask.reshape(-1, 1, ..., 1)."
         )
     if mask.dtype != jnp.bool_:
-        if not is_traced(mask) and not bool(jnp.all((mask == 0) | (mask == 1))):
+        if not jnp.issubdtype(mask.dtype, jnp.number):
+            raise TypeError(f"mask must be boolean or hold 0 and 1, got {describe(mask)}.")
+        # In NumPy: inside jit, jax.numpy traces what it does to a known array too.
+        if not is_traced(given) and not np.isin(given, (0, 1)).all():
             raise ValueError(
                 f"mask must be boolean or hold only 0 and 1, got {describe(mask)} with other "
                 "values. Weights are not supported: use mask != 0 to select elements."
@@ -162,25 +180,49 @@ def check_mask(mask: Any, x: jax.Array) -> jax.Array:
     return jax.lax.expand_dims(mask, range(x.ndim - mask.ndim))
 
 
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> Any:
-    """Checks that a hyperparameter is a real number in [low, high], if it is known."""
+def check_number(name: str, value: Any, low: float, high: float, hint: str) -> Any:
+    """Returns a hyperparameter as a float if its value is known, and else as it came.
+
+    It must be a real number, and one in [low, high] if its value is known.
+    """
+    is_array = isinstance(value, jax.Array | np.ndarray) and value.shape == ()
+    if not isinstance(value, numbers.Real) and not (
+        is_array
+        and (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer))
+    ):
+        raise TypeError(f"{name} must be a real number, got {describe(value)}: {hint}.")
     if is_traced(value):
         return value
-    if not isinstance(value, numbers.Real) and getattr(value, "shape", None) != ():
-        raise TypeError(f"{name} must be a number, got {describe(value)}.")
     number = float(value)
     if not low <= number <= high:
         bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be {bounds}, got {number:g}.")
-    return value
+        raise ValueError(f"{name} must be {bounds}, got {number:g}: {hint}.")
+    return number
+
+
+def check_epsilon(epsilon: Any) -> Any:
+    """Checks the number that is added to the variance."""
+    return check_number("epsilon", epsilon, 0, math.inf, "it is added to the variance")
+
+
+def check_momentum(momentum: Any) -> Any:
+    """Checks the weight of the old running statistics."""
+    hint = "it weights the old statistics, where torch's 0.1 is 0.9; None averages all updates"
+    return check_number("momentum", momentum, 0, 1, hint)
 
 
 def check_output_dtype(dtype: Any, x: jax.Array, computed: np.dtype) -> np.dtype:
     """Resolves the `dtype` argument: that of `x` by default, able to hold what is computed."""
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"dtype must be floating point or complex, got {dtype.name}.")
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    try:
+        resolved = jnp.dtype(x.dtype if dtype is None else dtype)
+    except (TypeError, ValueError):
+        resolved = None
+    if resolved is None or not jnp.issubdtype(resolved, jnp.inexact):
+        raise TypeError(
+            "dtype must be a floating point or complex dtype such as jnp.float32, "
+            f"got {resolved or describe(dtype)}."
+        )
+    dtype = jax.dtypes.canonicalize_dtype(resolved)
     if jnp.issubdtype(computed, jnp.complexfloating) and not jnp.issubdtype(
         dtype, jnp.complexfloating
     ):
@@ -201,6 +243,11 @@ def check_axis_names(axis_name: Any, axis_index_groups: Any) -> tuple[Any, ...]:
             f"got axis_name = {axis_name!r} with axis_index_groups = {axis_index_groups!r}."
         )
     for name in names:
+        if isinstance(name, int) or not isinstance(name, Hashable) or names.count(name) > 1:
+            raise TypeError(
+                "axis_name must be the name of a mapped axis, or different names, "
+                f"got {axis_name!r}."
+            )
         try:
             jax.lax.axis_size(name)
         except NameError:
@@ -221,11 +268,13 @@ def check_activation(activation: Any, shape: tuple[int, ...], dtype: np.dtype) -
             f"got {describe(activation)}."
         )
     z = jax.ShapeDtypeStruct(shape, dtype)
-    y = jax.eval_shape(activation, z)
-    if getattr(y, "shape", None) != shape:
+    y = jax.eval_shape(lambda z: activation(z), z)
+    if getattr(y, "shape", None) != shape or not jnp.issubdtype(y.dtype, jnp.inexact):
+        name = getattr(activation, "__name__", activation)
         raise ValueError(
-            f"activation must be elementwise, but {getattr(activation, '__name__', activation)} "
-            f"turns {describe(z)} into {describe(y)}. Apply it to the output instead."
+            f"activation must be elementwise, from {describe(z)} to floating point or complex "
+            f"numbers of the same shape, but {name} gives {describe(y)}. "
+            "Apply it to the output instead."
         )
     return y.dtype
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import eval_jaxpr
 
 from jbn import _axes, _moments
 from jbn._axes import Array, Axes
@@ -76,10 +77,12 @@ def batch_norm(
         epsilon: added to the variance, 0 or more. Where var + epsilon is 0, x - mean is taken
             over 1 and y = activation(bias + residual).
         mask: boolean or 0/1, broadcasting to `x` as in NumPy. Elements where it is 0 take no part
-            in the statistics; they are normalized all the same.
+            in the statistics; they are normalized all the same, so for gradients they must be
+            finite.
         residual: added before the activation, in the shape of `x`.
         activation: an elementwise function such as `jax.nn.relu`. The backward pass computes its
-            argument again from `x`. Arrays that it closes over get their gradients.
+            argument again from `x`. Arrays that it closes over, such as a learned slope, get
+            their gradients.
         axis_name: name or names of mapped axes (`jax.vmap`, `jax.pmap`, `jax.shard_map`) over
             which the batch is split as well.
         axis_index_groups: groups of indices along `axis_name`, each a batch of its own.
@@ -94,7 +97,8 @@ def batch_norm(
     Raises:
         TypeError: if an argument has the wrong type, or y is complex and `dtype` is not.
         ValueError: if an axis is out of range or repeated, a shape does not fit `x`, epsilon is
-            negative, or the activation changes the shape.
+            negative, the activation changes the shape, or `axis_index_groups` come without an
+            axis name. Values that are traced are not checked.
         NameError: if `axis_name` is not bound.
 
     Example:
@@ -125,6 +129,7 @@ def batch_norm_inference(
     residual: Array | None = None,
     activation: Activation | None = None,
     dtype: Any = None,
+    custom_vjp: bool = True,
 ) -> jax.Array:
     """Normalizes each feature by a given mean and variance, as at test time.
 
@@ -144,6 +149,7 @@ def batch_norm_inference(
         residual: added before the activation, in the shape of `x`.
         activation: an elementwise function such as `jax.nn.relu`.
         dtype: of y; that of `x` by default.
+        custom_vjp: as in `batch_norm`.
 
     Returns:
         y in the shape of `x`.
@@ -162,7 +168,7 @@ def batch_norm_inference(
     features = {"scale": scale, "bias": bias, "mean": mean, "var": var}
     args = _check(x, axis, epsilon, None, residual, activation, dtype, **features)
     mean, var = args.features["mean"], args.features["var"]
-    return _normalize(args, mean, None, _rstd(var, epsilon), custom_vjp=True)
+    return _normalize(args, mean, None, _rstd(var, epsilon), custom_vjp)
 
 
 def _check(
@@ -184,23 +190,22 @@ def _check(
         if value is not None or name in ("mean", "var")
     }
     residual = None if residual is None else _axes.check_residual(residual, x)
-    _axes.check_number("epsilon", epsilon, 0)
+    _axes.check_epsilon(epsilon)
     dtypes = [x.dtype, *(v.dtype for v in features.values())]
     computed = _axes.compute_dtype(*dtypes, *([] if residual is None else [residual.dtype]))
     returned = _axes.check_activation(activation, x.shape, computed)
     dtype = _axes.check_output_dtype(dtype, x, returned)
     mask = None if mask is None else _axes.check_mask(mask, x)
 
-    x, mask, residual, *values = _axes.align_varying(x, mask, residual, *features.values())
-    features = dict(zip(features, values, strict=True))
+    x, mask, residual = _axes.align_varying(x, mask, residual)
     carrier = _moments.carrier(x)
     return _Arguments(x, carrier, mask, features, residual, activation, axes, computed, dtype)
 
 
 def _rstd(var: jax.Array, epsilon: Any, empty: Any = False) -> jax.Array:
-    """1 / sqrt(var + epsilon); 0 for an empty batch and where that would be infinite."""
+    """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
     v = var + jnp.asarray(epsilon, var.dtype)
-    undefined = empty | (v == 0)
+    undefined = empty | (v == 0) | (v == jnp.inf)
     return jnp.where(undefined, 0, lax.rsqrt(jnp.where(undefined, 1, v)))
 
 
@@ -219,6 +224,8 @@ def _normalize(
 
     scale, bias = widen(args.features.get("scale")), widen(args.features.get("bias"))
     rstd = rstd.astype(width)
+    if scale is not None:  # where rstd is 0 for overflow, the sum of dz (x - mean) may be infinite
+        scale = jnp.where(rstd == 0, 0, scale)
     operands = _Operands(
         x=args.x,
         shift=widen(shift),
@@ -227,16 +234,34 @@ def _normalize(
         bias=bias,
         residual=args.residual,
     )
-    activation, closed_over = args.activation, ()
-    if activation is not None:
-        z = args.x_carrier.astype(args.computed)  # for its type alone
-        activation, closed_over = jax.closure_convert(activation, z)
-        _, *closed_over = _axes.align_varying(z, *closed_over)
+    x_carrier, *aligned = _axes.align_varying(args.x_carrier, *operands)
+    operands = _Operands(*aligned)
+    z = x_carrier.astype(args.computed)  # for its type alone
+    activation, closed_over = _closure(args.activation, z)
     dtypes = _Operands(*(None if v is None else v.dtype for v in operands))
     spec = _Spec(args.axes, dtypes, args.computed, args.dtype, activation)
     if custom_vjp:
-        return _affine(spec, args.x_carrier, operands, tuple(closed_over))
-    return _affine_plain(spec, operands._replace(x=args.x_carrier), tuple(closed_over))
+        return _affine(spec, x_carrier, operands, closed_over)
+    return _affine_plain(spec, operands._replace(x=x_carrier), closed_over)
+
+
+def _closure(
+    activation: Activation | None, z: jax.Array
+) -> tuple[Callable[..., jax.Array] | None, tuple[jax.Array, ...]]:
+    """The activation as a function of z and of what it closes over, and what that is.
+
+    So that the rule can return cotangents for it, and be differentiated or batched apart from the
+    trace in which the activation was made. (`jax.closure_convert` leaves integers inside.)
+    """
+    if activation is None:
+        return None, ()
+    closed = jax.make_jaxpr(lambda z: activation(z))(z)
+
+    def converted(z: jax.Array, *closed_over: jax.Array) -> jax.Array:
+        (y,) = eval_jaxpr(closed.jaxpr, closed_over, z)
+        return y
+
+    return converted, tuple(closed.consts)
 
 
 # The normalisation, with c = x - mean, f = scale * rstd and sums over all N elements of a feature,

@@ -68,9 +68,9 @@ def moments(
 
         mean = sum(x) / N        var = sum(|x - mean|^2) / N
 
-    in one shifted pass over `x`, whose relative error in var is at most about 65 float32 roundings
-    whatever the data are (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample
-    variance", section 3, shifted data). Differentiable in reverse mode.
+    in one shifted pass over `x` (two under a mask), whose relative error in var is at most about
+    65 float32 roundings whatever the data are (Chan, Golub and LeVeque 1983, "Algorithms for
+    computing the sample variance", section 3, shifted data). Differentiable in reverse mode.
 
     Args:
         x: [..., C] floating or complex, any rank from 1.
@@ -82,11 +82,13 @@ def moments(
 
     Returns:
         `Moments(mean, var, count)`, each in the shape of the feature axes in increasing order.
-        An empty batch has mean 0, var 0, count 0. A squared value that overflows makes var inf.
+        An empty batch has mean 0, var 0, count 0. Squares whose sum overflows make var inf; if
+        the sum of x - shift overflows too, the mean is given as 0.
 
     Raises:
         TypeError: if `x` or `mask` is not an array, or `x` is not floating or complex.
-        ValueError: if an axis is out of range or repeated, or `mask` does not broadcast to `x`.
+        ValueError: if an axis is out of range or repeated, `mask` does not broadcast to `x`, or
+            `axis_index_groups` come without an axis name.
         NameError: if `axis_name` is not bound.
 
     Example:
@@ -94,10 +96,10 @@ def moments(
         >>> jbn.moments(jnp.array([[1.0, 2.0], [3.0, 6.0]])).mean.tolist()
         [2.0, 4.0]
     """
+    names = _axes.check_axis_names(axis_name, axis_index_groups)
     values = _axes.check_float_array("x", x)
     axes = _axes.check_axes(axis, values)
     valid = None if mask is None else _axes.check_mask(mask, values)
-    names = _axes.check_axis_names(axis_name, axis_index_groups)
     values, valid = _axes.align_varying(values, valid)
     return statistics(carrier(values), values, valid, axes, names, axis_index_groups).moments()
 
@@ -119,6 +121,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         `Moments` [C] of both; empty if both are.
 
     Raises:
+        TypeError: if `a` or `b` is not `Moments`.
         ValueError: if the shapes differ.
 
     Example:
@@ -128,7 +131,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         >>> both.mean.tolist(), both.count.tolist()
         ([3.0], [3.0])
     """
-    a, b = check_moments("a", a), check_moments("b", b)
+    a, b = check_fields("a", a, Moments), check_fields("b", b, Moments)
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             "a and b must be moments of the same features, got mean = "
@@ -191,7 +194,7 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
     shape = axes.feature_shape(x.shape)
     n = axes.reduced_size(x.shape)
     if mask is None:
-        count = jnp.full(shape, n, real)
+        count = jnp.broadcast_to(jnp.asarray(n, real), shape)
     else:  # summed as integers: float32 stops counting at 2^24
         mask = jnp.broadcast_to(mask, x.shape)
         count = jnp.sum(mask, axes.reduced, dtype=jnp.int32).astype(real)
@@ -199,19 +202,23 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
         zeros = jnp.zeros(shape, _axes.compute_dtype(x.dtype))
         return Statistics(zeros, zeros, jnp.zeros(shape, real), count)
 
-    shift = lax.stop_gradient(
-        _sample_mean(axes, x) if mask is None else _masked_mean(axes, x, mask, count)
-    )
+    sampled = mask is None and axes.can_slice(x)
+    shift = _sample_mean(axes, x) if sampled else _whole_mean(axes, x, mask, count)
+    shift = lax.stop_gradient(shift)
     d = x.astype(shift.dtype) - axes.expand(shift)
     if mask is not None:
         d = jnp.where(mask, d, 0)
     offset = times(1 / jnp.maximum(count, 1), jnp.sum(d, axes.reduced))
     mean_square = jnp.sum(abs2(d), axes.reduced) / jnp.maximum(count, 1)
-    # Squares overflow long before sums do. Then var is inf, and a mean that overflowed as well
-    # falls back on the shift, so that x - mean stays finite and rsqrt(var) = 0 makes y = bias.
+    # Squares overflow long before sums do, and make var inf. A mean that overflowed as well is
+    # given up for 0: x itself is finite, and finite times rsqrt(inf) = 0 makes y = bias.
     overflow = mean_square == jnp.inf
-    offset = jnp.where(overflow & ~jnp.isfinite(offset), 0, offset)
-    var = jnp.where(overflow, jnp.inf, jnp.maximum(mean_square - abs2(offset), 0))
+    lost = overflow & ~jnp.isfinite(offset)
+    shift, offset = jnp.where(lost, 0, shift), jnp.where(lost, 0, offset)
+    square_of_mean = abs2(jnp.where(overflow, 0, offset))
+    var = mean_square - square_of_mean
+    # Not jnp.maximum, which halves the derivative of a constant feature, at the tie.
+    var = jnp.where(mean_square < square_of_mean, 0, var)
     return Statistics(shift, offset, var, count)
 
 
@@ -264,9 +271,12 @@ def _sample_mean(axes: Axes, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(mean), mean, lax.squeeze(first, axes.reduced))
 
 
-def _masked_mean(axes: Axes, x: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
-    """The mean of all valid elements: a sample might hold none. It costs one more read of x."""
-    valid = jnp.where(mask, x, 0).astype(_axes.compute_dtype(x.dtype))
+def _whole_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Array) -> jax.Array:
+    """The mean of all valid elements, for one more read of x.
+
+    For where a sample will not do: under a mask it might hold no valid element.
+    """
+    valid = (x if mask is None else jnp.where(mask, x, 0)).astype(_axes.compute_dtype(x.dtype))
     mean = times(1 / jnp.maximum(count, 1), jnp.sum(valid, axes.reduced))
     return jnp.where(jnp.isfinite(mean), mean, 0)
 
@@ -294,11 +304,21 @@ def _pool(parts: Statistics) -> Statistics:
 
 
 def _all_gather(stats: Statistics, axis_name: Any, axis_index_groups: Any) -> Statistics:
-    """Stacks the statistics of all devices along a new first axis, in one collective."""
+    """Stacks the statistics of all devices along a new first axis, in one collective.
+
+    Inside `jax.shard_map` with its replication check the result counts as replicated.
+    """
     rows = []
     for v in stats:
         rows += [v.real, v.imag] if jnp.iscomplexobj(v) else [v]
-    gathered = lax.all_gather(jnp.stack(rows), axis_name, axis_index_groups=axis_index_groups)
+    stacked = jnp.stack(rows)
+    varies = axis_name in jax.typeof(stacked).manual_axis_type.varying
+    gathered = lax.all_gather(
+        stacked,
+        axis_name,
+        axis_index_groups=axis_index_groups,
+        to="invarying" if varies and axis_index_groups is None else "varying",
+    )
     columns = iter(jnp.moveaxis(gathered, 1, 0))
     return Statistics(
         *(
@@ -308,18 +328,18 @@ def _all_gather(stats: Statistics, axis_name: Any, axis_index_groups: Any) -> St
     )
 
 
-def check_moments(name: str, m: Moments) -> Moments:
-    """Checks that `m` has three float arrays of one shape."""
-    if not isinstance(m, Moments):
-        raise TypeError(f"{name} must be jbn.Moments, got {_axes.describe(m)}.")
-    m = Moments(*(_axes.check_float_array(f"{name}.{k}", v) for k, v in m._asdict().items()))
-    if not m.mean.shape == m.var.shape == m.count.shape:
-        raise ValueError(
-            f"the fields of {name} must have one shape, got "
-            + ", ".join(f"{k} = {_axes.describe(v)}" for k, v in m._asdict().items())
-            + "."
-        )
-    return m
+def check_fields(name: str, value: Any, kind: type) -> Any:
+    """Checks that `value` is of a kind with mean, var and count, arrays of one shape."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be jbn.{kind.__name__}, got {_axes.describe(value)}.")
+    fields = {k: _axes.check_float_array(f"{name}.{k}", v) for k, v in value._asdict().items()}
+    for k in ("var", "count"):
+        if jnp.iscomplexobj(fields[k]):
+            raise TypeError(f"{name}.{k} must be real, got {_axes.describe(fields[k])}.")
+    if len({v.shape for v in fields.values()}) > 1:
+        came = ", ".join(f"{k} = {_axes.describe(v)}" for k, v in fields.items())
+        raise ValueError(f"the fields of {name} must have one shape, got {came}.")
+    return kind(**fields)
 
 
 def _same_dtype(*arrays: jax.Array) -> list[jax.Array]:

@@ -41,8 +41,9 @@ def update_running_stats(
     Flax and Keras; torch's momentum weights the new one, so torch's 0.1 is 0.9 here.
 
     Gradients are stopped, and the stored dtypes kept (a real mean turns complex to hold complex
-    moments). With the guard, a feature whose batch moments are not finite, or that had no element,
-    keeps its statistics: one overflowing step does not spoil them for good.
+    moments). With the guard, a feature whose batch moments are not finite, or overflow in the
+    stored dtype, or that had no element, keeps its statistics: one overflowing step does not spoil
+    them for good.
 
     Args:
         running: `RunningStats`, each field [C].
@@ -67,53 +68,53 @@ def update_running_stats(
         >>> jbn.update_running_stats(running, batch, momentum=0.5).mean.tolist()
         [1.0]
     """
-    running, moments = _check(running, moments)
+    running = _moments.check_fields("running", running, RunningStats)
+    moments = _moments.check_fields("moments", moments, Moments)
+    if running.mean.shape != moments.mean.shape:
+        raise ValueError(
+            "running must have the shape of the moments, got "
+            f"running.mean = {_axes.describe(running.mean)} and "
+            f"moments.mean = {_axes.describe(moments.mean)}."
+        )
     if momentum is not None:
-        momentum = _axes.check_number("momentum", momentum, 0, 1)
+        momentum = _axes.check_momentum(momentum)
     mean, var, n = jax.tree.map(lax.stop_gradient, moments)
 
     has_var = jnp.ones(n.shape, bool)
     if unbiased:
         has_var = n != 1
         var = jnp.where(has_var, var * (n / jnp.where(has_var, jnp.maximum(n - 1, 1), 1)), 0)
-    taken = (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var) if guard else jnp.ones(n.shape, bool)
-    if momentum is None:
-        taken &= has_var
+    taken = jnp.ones(n.shape, bool) if momentum is not None else has_var
+    if guard:
+        taken &= (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
+        mean, var = jnp.where(taken, mean, 0), jnp.where(taken, var, 0)
 
-    def step(old: jax.Array, new: jax.Array, take: jax.Array) -> jax.Array:
-        dtype = _axes.compute_dtype(old.dtype, new.dtype)
-        stored = dtype if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old) else old.dtype
-        old, new = old.astype(dtype), jnp.where(take, new, 0).astype(dtype)
-        if momentum is None:
-            weight = 1 / (running.count.astype(_axes.real_dtype(dtype)) + 1)
-            updated = old + times(weight, new - old)
-        elif isinstance(momentum, float | int):  # 1 - momentum without float32's rounding
-            updated = momentum * old + (1 - momentum) * new
-        else:
-            weight = jnp.asarray(momentum, _axes.real_dtype(dtype))
-            updated = times(weight, old) + times(1 - weight, new)
-        return jnp.where(take, updated, old).astype(stored)
-
-    return jax.tree.map(
-        lax.stop_gradient,
-        RunningStats(
-            step(running.mean, mean, taken),
-            step(running.var, var, taken & has_var),
-            running.count + taken.astype(running.count.dtype),
-        ),
+    new_mean = _average(running.mean, mean, running.count, momentum)
+    new_var = _average(running.var, var, running.count, momentum)
+    if guard:  # what is finite may still overflow in the dtype that it is stored in
+        taken &= jnp.isfinite(new_mean) & jnp.isfinite(new_var)
+    updated = RunningStats(
+        jnp.where(taken, new_mean, running.mean.astype(new_mean.dtype)),
+        jnp.where(taken & has_var, new_var, running.var),
+        running.count + taken.astype(running.count.dtype),
     )
+    return jax.tree.map(lax.stop_gradient, updated)
 
 
-def _check(running: RunningStats, moments: Moments) -> tuple[RunningStats, Moments]:
-    """Checks types and shapes of both before anything is computed."""
-    moments = _moments.check_moments("moments", moments)
-    if not isinstance(running, RunningStats):
-        raise TypeError(f"running must be jbn.RunningStats, got {_axes.describe(running)}.")
-    checked = {k: _axes.check_float_array(f"running.{k}", v) for k, v in running._asdict().items()}
-    for k, v in checked.items():
-        if v.shape != moments.mean.shape:
-            raise ValueError(
-                f"running.{k} must have the shape of the moments, {moments.mean.shape}, "
-                f"got {_axes.describe(v)}."
-            )
-    return RunningStats(**checked), moments
+def _average(
+    old: jax.Array, new: jax.Array, count: jax.Array, momentum: float | jax.Array | None
+) -> jax.Array:
+    """The running value after one more, in the dtype of `old` (complex if `new` is)."""
+    dtype = _axes.compute_dtype(old.dtype, new.dtype)
+    stored = dtype if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old) else old.dtype
+    old, new = old.astype(dtype), new.astype(dtype)
+    real = _axes.real_dtype(dtype)
+    if momentum is None:
+        step = times(1 / (count.astype(real) + 1), new - old)
+        updated = jnp.where(count == 0, new, old + step)  # the first wholly replaces its start
+    elif _axes.is_traced(momentum):
+        weight = jnp.asarray(momentum, real)
+        updated = times(weight, old) + times(1 - weight, new)
+    else:  # a Python float: 1 - momentum without float32's rounding
+        updated = momentum * old + (1 - momentum) * new
+    return updated.astype(stored)

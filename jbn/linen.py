@@ -1,7 +1,7 @@
 """Flax Linen layer: `flax.linen.BatchNorm`'s arguments and variables, jbn's computation."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ class BatchNorm(nn.Module):
     no effect), a batch that is empty or not finite leaves the running statistics as they were, and
     these keep the dtype they are stored in.
 
-    If the collection `batch_moments` is mutable, the batch's `jbn.Moments` are put there.
+    If the collection `batch_moments` is named among the mutable ones, the batch's `jbn.Moments`
+    are put there.
 
     Attributes:
         use_running_average: whether to normalize by `batch_stats` rather than by the batch. Given
@@ -113,7 +114,8 @@ class BatchNorm(nn.Module):
         )
         x = _axes.check_float_array("x", x)
         shape = _axes.check_axes(self.axis, x).feature_shape(x.shape)
-        running = self._running_stats(shape, is_complex=jnp.iscomplexobj(x))
+        counted = self.momentum is None and (not use_running_average or self.is_initializing())
+        running = self._running_stats(shape, jnp.iscomplexobj(x), counted)
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, shape, self.param_dtype)
@@ -125,34 +127,31 @@ class BatchNorm(nn.Module):
             "residual": residual,
             "activation": self.activation,
             "dtype": canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            "custom_vjp": self.custom_vjp,
         }
         if use_running_average:
             mean, var = running["mean"].value, running["var"].value
             return jbn.batch_norm_inference(x, mean, var, scale, bias, **options)
 
-        y, moments = jbn.batch_norm(
-            x,
-            scale,
-            bias,
-            mask=mask,
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=None if self.is_initializing() else self.axis_index_groups,
-            custom_vjp=self.custom_vjp,
-            **options,
-        )
+        if self.axis_name is not None and not self.is_initializing():
+            options["axis_name"] = self.axis_name
+            options["axis_index_groups"] = self.axis_index_groups
+        y, moments = jbn.batch_norm(x, scale, bias, mask=mask, **options)
         if not self.is_initializing():
             self._update(running, moments)
         return y
 
-    def _running_stats(self, shape: tuple[int, ...], is_complex: bool) -> dict[str, nn.Variable]:
-        """The variables of `batch_stats`."""
+    def _running_stats(
+        self, shape: tuple[int, ...], is_complex: bool, counted: bool
+    ) -> dict[str, nn.Variable]:
+        """The variables of `batch_stats`; `count` is needed to update a cumulative average."""
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean_dtype = _axes.compute_dtype(dtype, jnp.complex64) if is_complex else dtype
         running = {
             "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype),
             "var": self.variable("batch_stats", "var", jnp.ones, shape, dtype),
         }
-        if self.momentum is None:
+        if counted:
             count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.float32)
             running["count"] = count
         return running
@@ -166,5 +165,12 @@ class BatchNorm(nn.Module):
         )
         for name, variable in running.items():
             variable.value = getattr(updated, name)
-        if self.is_mutable_collection("batch_moments"):
+        if self._names_batch_moments():
             self.put_variable("batch_moments", "moments", moments)
+
+    def _names_batch_moments(self) -> bool:
+        """Whether the caller asked for `batch_moments` by name, and not for all collections."""
+        mutable = self.scope.mutable if self.scope is not None else False
+        if isinstance(mutable, str):
+            return mutable == "batch_moments"
+        return isinstance(mutable, Collection) and "batch_moments" in mutable

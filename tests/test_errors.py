@@ -89,37 +89,90 @@ CASES = {
     "epsilon negative": (
         lambda: train(epsilon=-1e-5),
         ValueError,
-        "epsilon must be at least 0, got -1e-05.",
+        "epsilon must be at least 0, got -1e-05: it is added to the variance.",
     ),
     "epsilon nan": (lambda: infer(C, C, epsilon=np.nan), ValueError, "epsilon must be at least 0"),
     "epsilon text": (
         lambda: train(epsilon="small"),
         TypeError,
-        "epsilon must be a number, got str 'small'",
+        "epsilon must be a real number, got str 'small'",
     ),
     "momentum": (
         lambda: update(momentum=1.5),
         ValueError,
-        "momentum must be between 0 and 1, got 1.5.",
+        "momentum must be between 0 and 1, got 1.5: it weights the old statistics",
     ),
     "momentum negative": (lambda: update(momentum=-0.1), ValueError, "momentum must be between"),
-    "momentum text": (lambda: update(momentum="0.9"), TypeError, "momentum must be a number"),
+    "momentum text": (lambda: update(momentum="0.9"), TypeError, "momentum must be a real number"),
     "activation of a sum": (
         lambda: train(activation=jnp.sum),
         ValueError,
-        "activation must be elementwise, but sum turns float32[4,3] into float32[]",
+        "activation must be elementwise, from float32[4,3] to floating point or complex numbers of "
+        "the same shape, but sum gives float32[]. Apply it to the output instead.",
     ),
     "activation over halves": (
         lambda: infer(C, C, activation=lambda z: z[:, :2]),
         ValueError,
-        "activation must be elementwise, but <lambda> turns float32[4,3] into float32[4,2]",
+        "activation must be elementwise, from float32[4,3]",
     ),
     "activation a name": (
         lambda: train(activation="relu"),
         TypeError,
         "activation must be an elementwise function such as jax.nn.relu, got str 'relu'",
     ),
-    "dtype integer": (lambda: train(dtype=jnp.int32), TypeError, "dtype must be floating point"),
+    "dtype integer": (
+        lambda: train(dtype=jnp.int32),
+        TypeError,
+        "dtype must be a floating point or complex dtype such as jnp.float32, got int32.",
+    ),
+    "dtype a name": (lambda: train(dtype="foo"), TypeError, "dtype must be a floating point or"),
+    "x a key": (
+        lambda: jbn.moments(jax.random.split(jax.random.key(0), 3)),
+        TypeError,
+        "x must be floating point or complex, got key<fry>[3].",
+    ),
+    "x of objects": (
+        lambda: jbn.moments(np.array([[None]])),
+        TypeError,
+        "x must be an array of numbers, got object[1,1].",
+    ),
+    "mask of keys": (
+        lambda: train(mask=jax.random.split(jax.random.key(0), 3)),
+        TypeError,
+        "mask must be boolean or hold 0 and 1, got key<fry>[3].",
+    ),
+    "epsilon complex": (lambda: train(epsilon=1j), TypeError, "epsilon must be a real number"),
+    "epsilon for each feature": (lambda: train(epsilon=C), TypeError, "epsilon must be a real"),
+    "epsilon for each feature, traced": (
+        lambda: jax.jit(lambda e: train(epsilon=e)).trace(C),
+        TypeError,
+        "epsilon must be a real number",
+    ),
+    "momentum for each feature, traced": (
+        lambda: jax.jit(lambda m: update(momentum=m)).trace(C),
+        TypeError,
+        "momentum must be a real number",
+    ),
+    "activation to booleans": (
+        lambda: train(activation=lambda z: z > 0),
+        ValueError,
+        "activation must be elementwise, from float32[4,3]",
+    ),
+    "axis name an int": (
+        lambda: train(axis_name=3),
+        TypeError,
+        "axis_name must be the name of a mapped axis, or different names, got 3.",
+    ),
+    "axis name twice": (
+        lambda: train(axis_name=("a", "a")),
+        TypeError,
+        "axis_name must be the name of a mapped axis, or different names",
+    ),
+    "complex variance": (
+        lambda: jbn.update_running_stats(RUNNING._replace(var=C.astype(jnp.complex64)), MOMENTS),
+        TypeError,
+        "running.var must be real, got complex64[3].",
+    ),
     "complex scale": (
         lambda: train(C.astype(jnp.complex64)),
         TypeError,
@@ -146,9 +199,10 @@ CASES = {
         "running must be jbn.RunningStats, got dict",
     ),
     "running of another shape": (
-        lambda: jbn.update_running_stats(RUNNING._replace(var=WRONG), MOMENTS),
+        lambda: jbn.update_running_stats(jbn.RunningStats(WRONG, WRONG, WRONG), MOMENTS),
         ValueError,
-        "running.var must have the shape of the moments, (3,), got float32[4].",
+        "running must have the shape of the moments, got running.mean = float32[4] and "
+        "moments.mean = float32[3].",
     ),
     "moments of two shapes": (
         lambda: jbn.merge_moments(MOMENTS, MOMENTS._replace(var=WRONG)),
@@ -175,6 +229,18 @@ def test_error_under_jit(call):
     function, error, message = CASES[call]
     with pytest.raises(error, match="^" + re.escape(message)):
         jax.jit(function)()
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_known_mask_under_jit(array):
+    """Its values are checked, although operations on it would be traced."""
+
+    def f(mask):
+        return jax.jit(lambda x: jbn.moments(x, mask=mask))(X)
+
+    assert f(array([[1.0], [0], [1], [0]])).count[0] == 2
+    with pytest.raises(ValueError, match="mask must be boolean or hold only 0 and 1"):
+        f(array([[1.0], [0.5], [1], [0]]))
 
 
 def test_numpy_arrays_are_arrays():

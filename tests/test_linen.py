@@ -293,13 +293,65 @@ def test_batch_moments_are_handed_out():
     _, updated = layer.apply(variables, x, mutable=["batch_stats"])
     assert updated.keys() == {"batch_stats"}
 
+    for mutable in (True, flax.core.DenyList("params")):
+        _, updated = layer.apply(variables, x, mutable=mutable)
+        assert "batch_moments" not in updated
 
-def test_forward_mode_without_the_custom_rule():
+
+def test_batch_moments_inside_scanned_layers():
+    """Each layer's own, stacked."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return JBN(False)(x) * 2 + 1, None
+
+    layers = nn.scan(
+        Block,
+        variable_axes={"params": 0, "batch_stats": 0, "batch_moments": 0},
+        split_rngs={"params": True},
+        length=3,
+    )()
+    x = draw((6, 2))
+    variables = layers.init(jax.random.key(0), x, None)
+    _, updated = layers.apply(variables, x, None, mutable=["batch_stats", "batch_moments"])
+    moments = updated["batch_moments"]["BatchNorm_0"]["moments"]
+    assert moments.mean.shape == (3, 2)
+    close(jax.tree.map(lambda v: v[0], moments), jbn.moments(x))
+    close(moments.mean[1:], jnp.ones((2, 2)), 1e-9)
+
+
+def test_cumulative_layer_takes_a_flax_checkpoint_at_inference():
+    x = draw((6, 3))
+    variables = FLAX(False).init(jax.random.key(0), x)
+    y = JBN(True, momentum=None).apply(variables, x)
+    close(y, FLAX(True).apply(variables, x))
+    assert "count" in JBN(True, momentum=None).init(jax.random.key(0), x)["batch_stats"]
+
+
+def test_replicated_statistics_under_shard_map():
+    x = draw((8, 3))
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer = JBN(False, axis_name="d")
+    variables = layer.init(jax.random.key(0), x)
+    batch, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+    y, updated = jax.shard_map(
+        lambda v, x: layer.apply(v, x, mutable=["batch_stats"]),
+        mesh=mesh,
+        in_specs=(whole, batch),
+        out_specs=(batch, whole),
+    )(variables, x)
+    close((y, updated), JBN(False).apply(variables, x, mutable=["batch_stats"]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_without_the_custom_rule(training):
     x = draw((6, 3))
     variables = as_float64(JBN(False).init(jax.random.key(0), x))
 
     def f(x, cls, **options):
-        return cls(False, **options).apply(variables, x, mutable=["batch_stats"])[0]
+        layer = cls(not training, **options)
+        return layer.apply(variables, x, mutable=["batch_stats"])[0]
 
     ours = jax.jvp(functools.partial(f, cls=JBN, custom_vjp=False), (x,), (jnp.cos(x),))
     theirs = jax.jvp(functools.partial(f, cls=FLAX, use_fast_variance=False), (x,), (jnp.cos(x),))

@@ -137,13 +137,30 @@ def test_constant_feature_under_a_mask(value):
     assert np.isfinite(y).all()
 
 
-def test_sums_that_overflow():
-    """Values whose plain sum is infinite still have a finite mean near them."""
-    x = np.full((64, 1), 3e38, np.float32)
-    x[::2] = 2e38
-    y, moments = jbn.batch_norm(x)
-    assert 2e38 <= moments.mean[0] <= 3e38
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("values", [(3e38, 2e38), (3e38, -3e38), (-3e38, 3e38), (1e30, -1e30)])
+def test_sums_that_overflow(values, masked):
+    """Finite values whose sums and differences are infinite: y is still the bias."""
+    x = np.array(values * 32, np.float32)[:, None]
+    scale, bias = jnp.array([2.0], jnp.float32), jnp.array([0.5], jnp.float32)
+    mask = np.ones((64, 1), bool) if masked else None
+
+    def f(x, scale, bias):
+        y, moments = jbn.batch_norm(x, scale, bias, mask=mask)
+        return jnp.sum(y * jnp.sign(x)), (y, moments)
+
+    grads, (y, moments) = jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(x, scale, bias)
+    assert np.isfinite(moments.mean[0])
     assert moments.var[0] == np.inf
+    np.testing.assert_array_equal(y, 0.5)
+    np.testing.assert_array_equal(grads[0], 0)
+    np.testing.assert_array_equal(grads[1], 0)
+    np.testing.assert_allclose(grads[2], np.sum(np.sign(x)))
+
+
+def test_overflow_under_debug_nans():
+    with jax.debug_nans(True):
+        y, _ = jbn.batch_norm(jnp.array([[1e30], [-1e30], [1.0]], jnp.float32))
     np.testing.assert_array_equal(y, 0)
 
 
@@ -315,6 +332,27 @@ def test_unbiased_variance_of_one_element(guard):
     np.testing.assert_array_equal(new.mean, [7, 7, 3])
     np.testing.assert_array_equal(new.var, [7, 7, 8])
     np.testing.assert_array_equal(new.count, [0, 0, 1])
+
+
+def test_the_first_cumulative_update_takes_the_batch():
+    """Exactly: a variance far below the 1 that it starts from too."""
+    small = batch(var=(1e-9, 1e-30, 1e9))
+    new = jbn.update_running_stats(running(dtype=jnp.float32), small, momentum=None)
+    np.testing.assert_array_equal(new.var, np.float32([1e-9, 1e-30, 1e9]))
+
+
+def test_guard_sees_what_overflows_in_the_stored_dtype():
+    big = batch(var=(1e8, 1, 1))
+    new = jbn.update_running_stats(running(dtype=jnp.float16), big, momentum=0.5)
+    np.testing.assert_array_equal(new.mean, [0, 1, 1.5])
+    np.testing.assert_array_equal(new.var, 1)
+    np.testing.assert_array_equal(new.count, [0, 1, 1])
+
+
+def test_momentum_may_be_a_numpy_scalar():
+    for scalar in (np.float64(0.5), np.float32(0.5), jnp.float32(0.5)):
+        new = jbn.update_running_stats(running(dtype=jnp.float32), batch(), momentum=scalar)
+        np.testing.assert_array_equal(new.mean, [0.5, 1, 1.5])
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])

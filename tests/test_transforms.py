@@ -214,6 +214,102 @@ def test_closed_over_slope_gets_its_gradient():
         close(jax.vmap(grad)(jnp.stack([slope, slope]))[1], expected)
 
 
+def dropout(key):
+    return lambda z: jnp.where(jax.random.bernoulli(key, 0.5, z.shape), z, 0)
+
+
+CLOSED_OVER = {
+    "key": (dropout, jax.random.key(1)),
+    "mask": (lambda m: lambda z: jnp.where(m, z, 0), jnp.arange(24).reshape(4, 3, 2) % 3 > 0),
+    "integer": (lambda i: lambda z: z * i.astype(z.dtype), jnp.int32(3)),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED_OVER)
+@pytest.mark.parametrize("transform", ["grad of jit", "scan", "checkpoint", "vmap", "inference"])
+def test_closed_over_values_that_have_no_gradient(name, transform):
+    """They are traced with the activation, which is used again in the backward pass."""
+    activation, value = CLOSED_OVER[name]
+
+    def f(x, value, custom_vjp):
+        options = {"activation": activation(value), "custom_vjp": custom_vjp}
+        if transform == "inference":
+            mean = jnp.mean(x, (0, 1))
+            return jnp.sum(jbn.batch_norm_inference(x, mean, mean**2, **options) ** 2)
+        return jnp.sum(jbn.batch_norm(x, **options)[0] ** 2)
+
+    def gradient(custom_vjp):
+        g = functools.partial(f, custom_vjp=custom_vjp)
+        if transform == "scan":
+            return jax.grad(
+                lambda x: jax.lax.scan(lambda c, v: (c + g(x, v), None), 0.0, value[None])[0]
+            )(DIFF[0])
+        if transform == "checkpoint":
+            return jax.grad(jax.jit(jax.checkpoint(g)))(DIFF[0], value)
+        if transform == "vmap":
+            total = jax.vmap(g, (None, 0))
+            return jax.grad(lambda x: jnp.sum(total(x, value[None])))(DIFF[0])
+        return jax.grad(jax.jit(g))(DIFF[0], value)
+
+    close(gradient(True), gradient(False), 1e-10)
+
+
+def test_derivatives_of_a_constant_feature():
+    """The variance is smooth there: its Hessian is 2 (I - 1/N) / N, and so on."""
+    v = jnp.ones(3)
+    for custom_vjp in (True, False):
+
+        def var(v, custom_vjp=custom_vjp):
+            return jnp.sum(jbn.batch_norm(v[:, None], custom_vjp=custom_vjp)[1].var)
+
+        close(jax.jacrev(jax.grad(var))(v), 2 * (jnp.eye(3) - 1 / 3) / 3)
+
+    c, d = jnp.arange(3.0), jnp.array([1.0, 2, -3])
+
+    def third(f):
+        first = jax.grad(f)
+        second = jax.grad(lambda v: jnp.vdot(first(v), d))
+        return jax.grad(lambda v: jnp.vdot(second(v), d))(v)
+
+    def y(v, **options):
+        return jnp.vdot(jbn.batch_norm(v[:, None], epsilon=1.0, **options)[0][:, 0], c)
+
+    def definition(v):
+        centred = v - v.mean()
+        return jnp.vdot(centred / jnp.sqrt((centred**2).mean() + 1), c)
+
+    close(third(y), third(definition))
+    close(third(functools.partial(y, custom_vjp=False)), third(definition))
+
+
+def test_forward_mode_at_inference():
+    mean, var = jnp.array([0.3, 3.0]), jnp.array([0.5, 2.0])
+
+    def f(x, mean, var, **options):
+        return jbn.batch_norm_inference(x, mean, var, activation=jnp.tanh, **options)
+
+    primals = (DIFF[0], mean, var)
+    out, tangent = jax.jvp(functools.partial(f, custom_vjp=False), primals, primals)
+    _, pull = jax.vjp(f, *primals)
+    ct = jnp.asarray(ARGS["dy"])
+    transposed = sum(jnp.vdot(g, p) for g, p in zip(pull(ct), primals, strict=True))
+    close(jnp.vdot(tangent, ct), transposed)
+    close(out, f(*primals))
+
+
+def test_symbolic_batch():
+    """A program for any batch size, as exported: in training and at inference."""
+    (n,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((n, 3, 2), jnp.float64)
+    for mask in (None, jnp.array([1, 0, 1]).reshape(1, 3, 1)):
+
+        def f(x, mask=mask):
+            return jbn.batch_norm(x, *DIFF[1:3], mask=mask, activation=jnp.tanh)
+
+        exported = jax.export.export(jax.jit(f))(shape)
+        close(exported.call(DIFF[0]), f(DIFF[0]))
+
+
 def test_donated_arguments():
     @functools.partial(jax.jit, donate_argnums=0)
     def step(x):
@@ -302,6 +398,56 @@ def test_a_batch_split_over_devices(kind):
     for device in range(4):
         close(jax.tree.map(lambda v, d=device: v[d], moments), em)
         close((dscale[device], dbias[device]), grads[1:])
+
+
+def mesh_of_four(kind):
+    return jax.make_mesh((4,), ("d",), axis_types=(kind,))
+
+
+def test_moments_of_a_mapped_axis_are_replicated():
+    """So that a training step under shard_map may return running statistics as replicated."""
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(8, 3)))
+    moments = jax.shard_map(
+        functools.partial(jbn.moments, axis_name="d"),
+        mesh=mesh_of_four(AxisType.Auto),
+        in_specs=PartitionSpec("d"),
+        out_specs=PartitionSpec(),
+    )(x)
+    close(moments, jbn.moments(x))
+
+
+def test_closed_over_slope_under_shard_map():
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(8, 3)))
+
+    def total(x, slope, **options):
+        y, _ = jbn.batch_norm(x, activation=lambda z: jax.nn.leaky_relu(z, slope), **options)
+        return jnp.sum(y**2)
+
+    f = jax.shard_map(
+        lambda x, slope: jax.lax.psum(total(x, slope, axis_name="d"), "d"),
+        mesh=mesh_of_four(AxisType.Auto),
+        in_specs=(PartitionSpec("d"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+    args = (x, jnp.float64(0.3))
+    close(jax.grad(f, (0, 1))(*args), jax.grad(total, (0, 1))(*args))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("shape", [(16, 3), (8, 4, 4, 3)])
+def test_sharded_arrays_under_jit(kind, shape):
+    """With no argument at all; `jax.make_mesh` makes Explicit axes unless told otherwise."""
+    x = jnp.asarray(np.random.default_rng(6).normal(size=shape)) + 5
+    sharding = jax.sharding.NamedSharding(mesh_of_four(kind), PartitionSpec("d"))
+
+    @jax.jit
+    def f(x):
+        y, pull, moments = jax.vjp(
+            functools.partial(jbn.batch_norm, activation=jnp.tanh), x, has_aux=True
+        )
+        return y, moments, pull(y)
+
+    close(f(jax.device_put(x, sharding)), f(x))
 
 
 def test_groups_of_devices():
