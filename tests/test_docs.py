@@ -66,6 +66,17 @@ def test_readme_figures_of_the_digits():
         assert numbers.groups() == (without, with_batch_norm)
 
 
+def test_readme_figures_of_the_questions():
+    """Every number of the answers is in the committed output."""
+    section = README.split("## The lecture's questions")[1].split("\n## ")[0]
+    answers = section.split("```")[2]
+    output = (ROOT / "examples/results/questions.txt").read_text()
+    numbers = re.findall(r"\d+\.\d+|\de-\d\d|\d{3}", answers)
+    assert len(numbers) >= 10
+    for number in numbers:
+        assert number in output, number
+
+
 def test_readme_links():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
