@@ -77,6 +77,37 @@ def test_readme_figures_of_the_questions():
         assert number in output, number
 
 
+def test_readme_figures_of_the_traffic():
+    """Each row of the table is in the committed output of `benchmarks.traffic`."""
+    results = {
+        platform: (ROOT / f"benchmarks/results/traffic-{platform}.txt").read_text()
+        for platform in ("cuda", "cpu")
+    }
+    rows = {
+        platform: {tuple(cells[:3]): cells[3:] for cells in _cells(text, "│")}
+        for platform, text in results.items()
+    }
+    section = README.split("## Memory traffic")[1].split("\n## ")[0]
+    shown = [cells for cells in _cells(section, "|") if "float" in cells[0]]
+    assert len(shown) == 6
+    for name, *figures in shown:
+        dtype, _, then = name.partition(", ")
+        flax, ours = (rows["cuda"][dtype, then.replace(" and", ""), k] for k in ("flax", "jbn"))
+        both = [(flax[i], ours[i]) for i in (0, 2, 3)]  # without the temporaries
+        assert figures == [figure for pair in both for figure in pair], name
+    forward, backward = (
+        [rows["cpu"]["float32", "", k][i] for k in ("jbn", "flax")] for i in (0, 3)
+    )
+    assert f"({forward[0]} against {forward[1]} in float32)" in section
+    assert f"({backward[0]} against {backward[1]})" in section
+
+
+def _cells(text, bar):
+    """The cells of each row of a table in text."""
+    lines = (line for line in text.splitlines() if line.startswith(bar))
+    return [[cell.strip() for cell in line.strip(bar).split(bar)] for line in lines]
+
+
 def test_readme_links():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

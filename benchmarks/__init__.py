@@ -1,0 +1,1 @@
+"""What jbn costs, measured; `benchmarks.traffic` needs no accelerator."""
