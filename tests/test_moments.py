@@ -164,11 +164,14 @@ def test_overflow_under_debug_nans():
     np.testing.assert_array_equal(y, 0)
 
 
-def test_sample_whose_sum_overflows():
-    x = np.zeros((64, 1), np.float32)
-    x[32:] = 3e38
-    y, moments = jbn.batch_norm(x)
-    assert 0 <= moments.mean[0] <= 3e38
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("second", [0, -3e38])
+def test_sample_whose_sum_overflows(second, masked):
+    """Its partial sums are infinite, of both signs too, whose own sum is NaN."""
+    x = np.zeros((4096, 1), np.float32)
+    x[1:2048], x[2048:] = 3e38, second
+    y, moments = jbn.batch_norm(x, mask=np.ones((4096, 1), bool) if masked else None)
+    assert -3e38 <= moments.mean[0] <= 3e38
     assert moments.var[0] == np.inf
     np.testing.assert_array_equal(y, 0)
 
