@@ -21,7 +21,7 @@ def moved(f, *args):
 def test_counts_of_known_programs():
     assert moved(lambda x: x + 1, X) == 2
     assert moved(lambda x, y: x * y + 1, X, X) == 3
-    assert moved(lambda x: x.sum((0, 1, 2)), X) == pytest.approx(1, abs=1e-3)
+    assert moved(lambda x: x.sum((0, 1, 2)), X) == pytest.approx(1, abs=1e-2)  # partial sums
     assert moved(lambda x: x.astype(jnp.bfloat16), X) == 1.5
     assert moved(lambda x: jnp.exp(x[::16]) + 1, X) == pytest.approx(2 / 16)
 
