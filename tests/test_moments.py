@@ -235,14 +235,17 @@ def test_zero_size(shape):
 
 
 def test_merging_empty_moments():
+    """What an empty set holds does not count, nor how far its mean lies from the other."""
     zeros = jnp.zeros(2)
     empty = jbn.Moments(zeros, zeros, zeros)
-    some = jbn.moments(jnp.array([[1.0, 1e200], [3.0, -1e200]]))
-    for merged in (jbn.merge_moments(empty, some), jbn.merge_moments(some, empty)):
-        for a, b in zip(merged, some, strict=True):
-            np.testing.assert_array_equal(a, b)
-    for m in jbn.merge_moments(empty, empty):
-        np.testing.assert_array_equal(m, 0)
+    spoiled = jbn.Moments(jnp.full(2, jnp.nan), jnp.full(2, jnp.inf), zeros)
+    some = jbn.moments(jnp.array([[1.0, 1e200], [3.0, 1e200]]))
+    for nothing in (empty, spoiled):
+        for merged in (jbn.merge_moments(nothing, some), jbn.merge_moments(some, nothing)):
+            for a, b in zip(merged, some, strict=True):
+                np.testing.assert_array_equal(a, b)
+        for m in jbn.merge_moments(nothing, nothing):
+            np.testing.assert_array_equal(m, 0)
     grad = jax.grad(lambda m: jnp.sum(jbn.merge_moments(empty, m).var))(some)
     np.testing.assert_array_equal(grad.var, 1)
 
