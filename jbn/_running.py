@@ -78,14 +78,14 @@ def update_running_stats(
         )
     if momentum is not None:
         momentum = _axes.check_momentum(momentum)
-    mean, var, n = jax.tree.map(lax.stop_gradient, moments)
+    mean, var, n = moments
 
     has_var = jnp.ones(n.shape, bool)
     if unbiased:
         has_var = n != 1
         var = jnp.where(has_var, var * (n / jnp.where(has_var, jnp.maximum(n - 1, 1), 1)), 0)
     taken = jnp.ones(n.shape, bool) if momentum is not None else has_var
-    if guard:
+    if guard:  # what is not finite is not even averaged, so that jax.debug_nans stays quiet
         taken &= (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
         mean, var = jnp.where(taken, mean, 0), jnp.where(taken, var, 0)
 
