@@ -12,6 +12,7 @@ from typing import Any
 
 BITS = {"pred": 8, "c64": 64, "c128": 128}  # the others end in their number of bits
 FREE = {"parameter", "constant", "get-tuple-element", "bitcast", "tuple", "copy-done"}
+SLICES = ("slice", "dynamic-slice")
 SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)")
 
@@ -88,16 +89,33 @@ def size(kind: str) -> int:
 def kernels(compiled: Any) -> dict[str, tuple[int, int]]:
     """Bytes read and written by each kernel of a compiled program, by the kernel's name."""
     computations, entry = parse(compiled.as_text())
-    values = computations[entry]
+    return _kernels(computations, entry)
+
+
+def _kernels(
+    computations: dict[str, dict[str, Instruction]], name: str
+) -> dict[str, tuple[int, int]]:
+    """The same of one computation. Of a conditional, the kernels of the branch that moves least."""
+    values = computations[name]
     found = {}
     for value in values.values():
         if value.op in FREE:
+            continue
+        if value.op == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", value.attributes)
+            names = re.findall(r"%?([\w.-]+)", branches[1] if branches else value.attributes)
+            found |= min(
+                (_kernels(computations, n) for n in names if n in computations),
+                key=lambda kernels: sum(map(sum, kernels.values())),
+            )
             continue
         called = re.search(r"(?:calls|to_apply)=%?([\w.-]+)", value.attributes)
         body = computations[called[1]] if called and value.op in ("fusion", "call") else {}
         read = sum(
             _read(body, i, size(values[operand].type)) for i, operand in enumerate(value.operands)
         )
+        if value.op in SLICES:
+            read = size(value.type)
         # A copy's start gives its destination, its source and a flag.
         first = SHAPE.search(value.type)
         written = size(first[0] if value.op == "copy-start" and first else value.type)
@@ -109,6 +127,6 @@ def _read(body: dict[str, Instruction], index: int, whole: int) -> int:
     """Bytes that a fusion reads of one operand: those of its slices, where it is only sliced."""
     names = [v.name for v in body.values() if v.op == "parameter" and v.arguments == str(index)]
     users = [v for v in body.values() if set(names) & set(v.operands)]
-    if users and all(v.op in ("slice", "dynamic-slice") for v in users):
+    if users and all(v.op in SLICES for v in users):
         return sum(size(v.type) for v in users)
     return whole

@@ -8,6 +8,7 @@ from importlib.metadata import version as _version
 
 from jbn._batch_norm import batch_norm, batch_norm_inference
 from jbn._moments import Moments, merge_moments, moments
+from jbn._remat import save_batch_norm_inputs
 from jbn._running import RunningStats, update_running_stats
 
 __version__ = _version("jbn")
@@ -19,5 +20,6 @@ __all__ = [
     "batch_norm_inference",
     "merge_moments",
     "moments",
+    "save_batch_norm_inputs",
     "update_running_stats",
 ]

@@ -53,6 +53,19 @@ class Axes:
         return all(isinstance(x.shape[i], int) and spec[i] is None for i in self.reduced)
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """How a batch is split over mapped axes.
+
+    Attributes:
+        axis_names: of the mapped axes; none if the batch is whole.
+        axis_index_groups: indices along the one axis that form a batch of their own.
+    """
+
+    axis_names: tuple[Any, ...] = ()
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+
+
 def real_dtype(*dtypes: Any) -> np.dtype:
     """The real dtype to accumulate in: float64 if any of the dtypes has its width, or float32."""
     wide = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
@@ -233,8 +246,8 @@ def check_output_dtype(dtype: Any, x: jax.Array, computed: np.dtype) -> np.dtype
     return dtype
 
 
-def check_axis_names(axis_name: Any, axis_index_groups: Any) -> tuple[Any, ...]:
-    """Returns the names of the mapped axes that the batch is split over, which must be bound."""
+def check_batch(axis_name: Any, axis_index_groups: Any) -> Batch:
+    """Resolves the names of the mapped axes that the batch is split over, which must be bound."""
     names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
     names = () if axis_name is None else names
     if axis_index_groups is not None and len(names) != 1:
@@ -255,7 +268,8 @@ def check_axis_names(axis_name: Any, axis_index_groups: Any) -> tuple[Any, ...]:
                 f"axis_name {name!r} is not bound: call inside jax.vmap or jax.pmap with "
                 f"axis_name={name!r}, or inside jax.shard_map over a mesh with this axis."
             ) from None
-    return names
+    groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+    return Batch(names, groups)
 
 
 def check_activation(activation: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 from jax.core import eval_jaxpr
 
-from jbn import _axes, _moments
-from jbn._axes import Array, Axes
+from jbn import _axes, _lowering, _moments, _remat
+from jbn._axes import Array, Axes, Batch
 from jbn._complex import cast, times
 from jbn._moments import Moments
 
@@ -20,30 +20,39 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Arguments:
-    """The checked arguments that training and inference share.
+class _Spec:
+    """What is static in a call.
 
     Attributes:
-        x: [..., C].
-        x_carrier: `x` cast to the dtype of computation, never read: see _moments.py.
-        mask: boolean, of the rank of `x`, or None.
-        features: scale, bias, mean, var, those that were given, each [C].
-        residual: in the shape of `x`, or None.
-        activation: as given.
         axes: of `x`.
+        centred: dtype of x - mean.
         computed: dtype of z, the activation's argument.
         dtype: of y.
+        activation: called with z and the arrays that it closes over.
+        passes: whether dz holds elements of dy and zeros only.
+        adds: whether there is a residual.
+        custom_vjp: whether to use the hand-written rule.
     """
 
-    x: jax.Array
-    x_carrier: jax.Array
-    mask: jax.Array | None
-    features: dict[str, jax.Array]
-    residual: jax.Array | None
-    activation: Activation | None
     axes: Axes
+    centred: np.dtype
     computed: np.dtype
     dtype: np.dtype
+    activation: Callable[..., jax.Array] | None
+    passes: bool
+    adds: bool
+    custom_vjp: bool
+
+
+class _Arrays(NamedTuple):
+    """The arrays of a call, as given; `features` are scale, bias, mean, var, each [C]."""
+
+    x: jax.Array
+    mask: jax.Array | None
+    residual: jax.Array | None
+    features: dict[str, jax.Array]
+    epsilon: Any
+    closed_over: tuple[jax.Array, ...]
 
 
 def batch_norm(
@@ -108,13 +117,10 @@ def batch_norm(
         >>> y.round(3).tolist(), moments.var.tolist()
         ([[0.0, 0.0], [1.0, 1.0]], [1.0, 100.0])
     """
-    names = _axes.check_axis_names(axis_name, axis_index_groups)
-    args = _check(x, axis, epsilon, mask, residual, activation, dtype, scale=scale, bias=bias)
-    stats = _moments.statistics(
-        args.x_carrier, args.x, args.mask, args.axes, names, axis_index_groups, custom_vjp
-    )
-    rstd = _rstd(stats.var, epsilon, empty=stats.count == 0)
-    return _normalize(args, stats.shift, stats.offset, rstd, custom_vjp), stats.moments()
+    batch = _axes.check_batch(axis_name, axis_index_groups)
+    features = {"scale": scale, "bias": bias}
+    options = epsilon, mask, residual, activation, dtype, custom_vjp
+    return _batch_norm(*_check(x, axis, features, *options), batch)
 
 
 def batch_norm_inference(
@@ -166,21 +172,21 @@ def batch_norm_inference(
         [[-1.0], [1.0]]
     """
     features = {"scale": scale, "bias": bias, "mean": mean, "var": var}
-    args = _check(x, axis, epsilon, None, residual, activation, dtype, **features)
-    mean, var = args.features["mean"], args.features["var"]
-    return _normalize(args, mean, None, _rstd(var, epsilon), custom_vjp)
+    options = epsilon, None, residual, activation, dtype, custom_vjp
+    return _batch_norm_inference(*_check(x, axis, features, *options))
 
 
 def _check(
     x: Any,
     axis: Any,
+    features: dict[str, Any],
     epsilon: Any,
     mask: Any,
     residual: Any,
     activation: Any,
     dtype: Any,
-    **features: Any,
-) -> _Arguments:
+    custom_vjp: bool,
+) -> tuple[_Spec, _Arrays]:
     """Checks what training and inference share, before any array work."""
     x = _axes.check_float_array("x", x)
     axes = _axes.check_axes(axis, x)
@@ -196,53 +202,21 @@ def _check(
     returned = _axes.check_activation(activation, x.shape, computed)
     dtype = _axes.check_output_dtype(dtype, x, returned)
     mask = None if mask is None else _axes.check_mask(mask, x)
-
-    x, mask, residual = _axes.align_varying(x, mask, residual)
-    carrier = _moments.carrier(x)
-    return _Arguments(x, carrier, mask, features, residual, activation, axes, computed, dtype)
-
-
-def _rstd(var: jax.Array, epsilon: Any, empty: Any = False) -> jax.Array:
-    """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
-    v = var + jnp.asarray(epsilon, var.dtype)
-    undefined = empty | (v == 0) | (v == jnp.inf)
-    return jnp.where(undefined, 0, lax.rsqrt(jnp.where(undefined, 1, v)))
-
-
-def _normalize(
-    args: _Arguments,
-    shift: jax.Array,
-    offset: jax.Array | None,
-    rstd: jax.Array,
-    custom_vjp: bool,
-) -> jax.Array:
-    """y from statistics: what is O(C) is done here and differentiated by JAX, the rest below."""
-    width = _axes.real_dtype(args.computed)
-
-    def widen(v: jax.Array | None) -> jax.Array | None:
-        return None if v is None else v.astype(_axes.compute_dtype(width, v.dtype))
-
-    scale, bias = widen(args.features.get("scale")), widen(args.features.get("bias"))
-    rstd = rstd.astype(width)
-    if scale is not None:  # where rstd is 0 for overflow, the sum of dz (x - mean) may be infinite
-        scale = jnp.where(rstd == 0, 0, scale)
-    operands = _Operands(
-        x=args.x,
-        shift=widen(shift),
-        offset=widen(offset),
-        factor=rstd if scale is None else times(rstd, scale),
-        bias=bias,
-        residual=args.residual,
+    centred = [features[name].dtype for name in ("mean",) if name in features]
+    spec = _Spec(
+        axes=axes,
+        centred=_axes.compute_dtype(_axes.real_dtype(computed), x.dtype, *centred),
+        computed=computed,
+        dtype=dtype,
+        activation=None,
+        passes=activation is jax.nn.relu,
+        adds=residual is not None,
+        custom_vjp=custom_vjp,
     )
-    x_carrier, *aligned = _axes.align_varying(args.x_carrier, *operands)
-    operands = _Operands(*aligned)
-    z = x_carrier.astype(args.computed)  # for its type alone
-    activation, closed_over = _closure(args.activation, z)
-    dtypes = _Operands(*(None if v is None else v.dtype for v in operands))
-    spec = _Spec(args.axes, dtypes, args.computed, args.dtype, activation)
-    if custom_vjp:
-        return _affine(spec, x_carrier, operands, closed_over)
-    return _affine_plain(spec, operands._replace(x=x_carrier), closed_over)
+    z = _axes.align_varying(x, mask, residual, *features.values())[0].astype(computed)
+    activation, closed_over = _closure(activation, z)
+    spec = dataclasses.replace(spec, activation=activation)
+    return spec, _Arrays(x, mask, residual, features, epsilon, closed_over)
 
 
 def _closure(
@@ -256,12 +230,73 @@ def _closure(
     if activation is None:
         return None, ()
     closed = jax.make_jaxpr(lambda z: activation(z))(z)
+    if not closed.consts and isinstance(activation, Hashable):
+        return activation, ()
 
     def converted(z: jax.Array, *closed_over: jax.Array) -> jax.Array:
         (y,) = eval_jaxpr(closed.jaxpr, closed_over, z)
         return y
 
     return converted, tuple(closed.consts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _batch_norm(spec: _Spec, args: _Arrays, batch: Batch) -> tuple[jax.Array, Moments]:
+    """`batch_norm` of checked arguments."""
+    x, mask, residual = _axes.align_varying(_remat.tag(args.x), args.mask, args.residual)
+    x_carrier = _moments.carrier(x)
+    stats = _moments.statistics(x_carrier, x, mask, spec.axes, batch, spec.custom_vjp)
+    rstd = _rstd(stats.var, args.epsilon, empty=stats.count == 0)
+    args = args._replace(x=x, residual=residual)
+    return _normalize(spec, args, x_carrier, stats.shift, stats.offset, rstd), stats.moments()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_norm_inference(spec: _Spec, args: _Arrays) -> jax.Array:
+    """`batch_norm_inference` of checked arguments."""
+    mean, var = args.features["mean"], args.features["var"]
+    return _normalize(spec, args, _moments.carrier(args.x), mean, None, _rstd(var, args.epsilon))
+
+
+def _rstd(var: jax.Array, epsilon: Any, empty: Any = False) -> jax.Array:
+    """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
+    v = var + jnp.asarray(epsilon, var.dtype)
+    undefined = empty | (v == 0) | (v == jnp.inf)
+    return jnp.where(undefined, 0, lax.rsqrt(jnp.where(undefined, 1, v)))
+
+
+def _normalize(
+    spec: _Spec,
+    args: _Arrays,
+    x_carrier: jax.Array,
+    shift: jax.Array,
+    offset: jax.Array | None,
+    rstd: jax.Array,
+) -> jax.Array:
+    """y from statistics: what is O(C) is done here and differentiated by JAX, the rest below."""
+    width = _axes.real_dtype(spec.computed)
+    scale, bias = args.features.get("scale"), args.features.get("bias")
+    factor = rstd.astype(width)
+    if scale is not None:  # where rstd is 0 for overflow, the sum of dz (x - mean) may be infinite
+        scale = scale.astype(_axes.compute_dtype(width, scale.dtype))
+        factor = times(factor, jnp.where(factor == 0, 0, scale))
+    operands = _Operands(
+        x=args.x,
+        residual=args.residual,
+        shift=shift.astype(spec.centred),
+        offset=None if offset is None else offset.astype(spec.centred),
+        factor=factor,
+        bias=None if bias is None else bias.astype(spec.computed),
+    )
+    carriers = _Carriers(
+        x=x_carrier.astype(spec.centred),
+        residual=None if args.residual is None else args.residual.astype(spec.computed),
+    )
+    aligned = _axes.align_varying(*carriers, *operands)
+    carriers, operands = _Carriers(*aligned[:2]), _Operands(*aligned[2:])
+    if spec.custom_vjp:
+        return _affine(spec, carriers, operands, args.closed_over)
+    return _affine_plain(spec, operands._replace(**carriers._asdict()), args.closed_over)
 
 
 # The normalisation, with c = x - mean, f = scale * rstd and sums over all N elements of a feature,
@@ -283,60 +318,48 @@ def _closure(
 #
 # For complex values these are JAX's cotangents, without conjugation; a real argument takes the
 # real part. z is computed again from x, so nothing but x (and residual, which z needs where there
-# is an activation) is kept. `x_carrier` takes the cotangent of x before it is rounded: see
-# _moments.py.
+# is an activation) is kept. The carriers take the cotangents of x and residual before they are
+# rounded: see _moments.py.
+
+
+class _Carriers(NamedTuple):
+    """`x` and `residual` again in the dtypes of c and z, never read."""
+
+    x: Any
+    residual: Any
 
 
 class _Operands(NamedTuple):
-    """One entry for each array of the affine step, where all but x, shift and factor may be None.
+    """What z is made of; residual, offset and bias may be None.
 
-    `shift + offset` is the mean, `factor` is scale * rstd.
+    `shift + offset` is the mean, `factor` is scale * rstd. Feature arrays come in the dtypes of
+    c and z (`factor` may be real); `x` and `residual` are read in their own.
     """
 
     x: Any
+    residual: Any
     shift: Any
     offset: Any
     factor: Any
     bias: Any
-    residual: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """The static part of the affine step.
-
-    Attributes:
-        axes: of `x`.
-        dtypes: of the operands.
-        computed: dtype of z.
-        dtype: dtype of y.
-        activation: called with z and the arrays that it closes over.
-    """
-
-    axes: Axes
-    dtypes: _Operands
-    computed: np.dtype
-    dtype: np.dtype
-    activation: Callable[..., jax.Array] | None
-
-    @property
-    def centred_dtype(self) -> np.dtype:
-        return _axes.compute_dtype(
-            _axes.real_dtype(self.computed), self.dtypes.x, self.dtypes.shift
-        )
+def _about_shift(spec: _Spec, a: _Operands) -> jax.Array:
+    """x - shift."""
+    return a.x.astype(spec.centred) - spec.axes.expand(a.shift)
 
 
 def _centre(spec: _Spec, a: _Operands) -> jax.Array:
     """c = x - mean, the mean subtracted in its two parts."""
-    c = a.x.astype(spec.centred_dtype) - spec.axes.expand(a.shift).astype(spec.centred_dtype)
-    return c if a.offset is None else c - spec.axes.expand(a.offset)
+    d = _about_shift(spec, a)
+    return d if a.offset is None else d - spec.axes.expand(a.offset)
 
 
 def _preactivation(spec: _Spec, a: _Operands, c: jax.Array) -> jax.Array:
     """z = f c + bias + residual."""
     z = times(c, spec.axes.expand(a.factor)).astype(spec.computed)
     if a.bias is not None:
-        z = z + spec.axes.expand(a.bias).astype(spec.computed)
+        z = z + spec.axes.expand(a.bias)
     if a.residual is not None:
         z = z + a.residual.astype(spec.computed)
     return z
@@ -347,52 +370,111 @@ def _activate(spec: _Spec, z: jax.Array, *closed_over: jax.Array) -> jax.Array:
     return (spec.activation(z, *closed_over) if spec.activation else z).astype(spec.dtype)
 
 
+def _once(a: _Operands) -> _Operands:
+    """Has the feature arrays computed before the loop over x."""
+    features = {k: v for k, v in a._asdict().items() if k not in ("x", "residual")}
+    present = [k for k, v in features.items() if v is not None]
+    values = _lowering.once(*(features[k] for k in present))
+    return a._replace(**dict(zip(present, values, strict=True)))
+
+
 def _affine_plain(spec: _Spec, a: _Operands, closed_over: tuple[jax.Array, ...]) -> jax.Array:
+    a = _once(a)
     return _activate(spec, _preactivation(spec, a, _centre(spec, a)), *closed_over)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine(
-    spec: _Spec, x_carrier: jax.Array, a: _Operands, closed_over: tuple[jax.Array, ...]
+    spec: _Spec, carriers: _Carriers, a: _Operands, closed_over: tuple[jax.Array, ...]
 ) -> jax.Array:
-    del x_carrier
+    del carriers
     return _affine_plain(spec, a, closed_over)
 
 
-def _affine_fwd(spec, x_carrier, a, closed_over):
-    del x_carrier
+def _affine_fwd(spec, carriers, a, closed_over):
+    del carriers
     y = _affine_plain(spec, a, closed_over)
-    kept = a if spec.activation else a._replace(bias=None, residual=None)
-    return y, (kept, closed_over)
+    return y, (a if spec.activation else a._replace(residual=None), closed_over)
 
 
 def _affine_bwd(spec, kept, dy):
     a, closed_over = kept
-    c = _centre(spec, a)
-    if spec.activation is None:
-        dz, dclosed_over = cast(dy, spec.computed), ()
-    else:
-        z = _preactivation(spec, a, c)
-        _, pull = jax.vjp(functools.partial(_activate, spec), z, *closed_over)
-        dz, *dclosed_over = pull(dy)
-    total = jnp.sum(dz, spec.axes.reduced)
-    dmean = -times(total, a.factor)
-    dx = times(dz, spec.axes.expand(a.factor))
-    da = _Operands(
-        x=None,
-        shift=dmean,
-        offset=dmean,
-        factor=jnp.sum(times(dz, c), spec.axes.reduced),
-        bias=total,
-        residual=dz,
+    return _lowering.by_platform(
+        _once(a),
+        closed_over,
+        dy,
+        cpu=functools.partial(_affine_bwd_cpu, spec),
+        gpu=functools.partial(_affine_bwd_gpu, spec),
+        default=functools.partial(_affine_bwd_plain, spec),
     )
-    da = _Operands(
-        *(
-            None if v is None or dtype is None else cast(v, dtype)
-            for v, dtype in zip(da, spec.dtypes, strict=True)
-        )
-    )
-    return cast(dx, _axes.compute_dtype(spec.dtypes.x)), da, tuple(dclosed_over)
 
 
 _affine.defvjp(_affine_fwd, _affine_bwd)
+
+
+def _affine_bwd_plain(spec, a, closed_over, dy):
+    c = _centre(spec, a)
+    dz, dclosed_over = _dz(spec, a, closed_over, dy, c)
+    total = jnp.sum(dz, spec.axes.reduced)
+    df = jnp.sum(times(dz, c), spec.axes.reduced)
+    return *_cotangents(spec, a, dz, total, df), dclosed_over
+
+
+def _affine_bwd_gpu(spec, a, closed_over, dy):
+    c = _centre(spec, a)
+    dz, dclosed_over = _dz(spec, a, closed_over, dy, c)
+    total, df = _lowering.sum_both(dz, times(dz, c), spec.axes.reduced)
+    held = _hold(spec, dz, dy)
+    if spec.adds and held.dtype.itemsize <= dy.dtype.itemsize:  # written anyway: read it back
+        held, a, total, df = _lowering.apart(held, a, total, df)
+        dz = cast(held, spec.computed)
+    else:
+        features = _lowering.apart(a.shift, a.offset, a.factor, a.bias)
+        b = _Operands(a.x, a.residual, *features)
+        dz, _ = _dz(spec, b, closed_over, dy, _centre(spec, b))
+    return *_cotangents(spec, a, dz, total, df), dclosed_over
+
+
+def _affine_bwd_cpu(spec, a, closed_over, dy):
+    dz, dclosed_over = _dz(spec, a, closed_over, dy, _centre(spec, a))
+    held = _hold(spec, dz, dy)
+    read, b = _lowering.apart(held, a)
+    total = jnp.sum(cast(read, spec.computed), spec.axes.reduced)
+    read, b = _lowering.apart(read, b)
+    df = times(cast(read, spec.computed), _about_shift(spec, b))
+    df = jnp.sum(df, spec.axes.reduced)
+    if a.offset is not None:
+        df = df - times(total, a.offset)
+    return *_cotangents(spec, a, cast(held, spec.computed), total, df), dclosed_over
+
+
+def _dz(spec, a, closed_over, dy, c):
+    """activation'(z) dy, and the cotangents of what the activation closes over."""
+    if spec.activation is None:
+        return cast(dy, spec.computed), ()
+    z = _preactivation(spec, a, c)
+    _, pull = jax.vjp(functools.partial(_activate, spec), z, *closed_over)
+    dz, *dclosed_over = pull(dy)
+    return dz, tuple(dclosed_over)
+
+
+def _hold(spec, dz, dy):
+    """dz in the dtype of dy, where that loses nothing."""
+    if spec.activation is None:
+        return dy
+    return dz.astype(dy.dtype) if spec.passes else dz
+
+
+def _cotangents(spec, a, dz, total, df):
+    """Of the carriers and the operands, from dz, S and df."""
+    dmean = cast(-times(total, a.factor), spec.centred)
+    dx = cast(times(dz, spec.axes.expand(a.factor)), spec.centred)
+    operands = _Operands(
+        x=None,
+        residual=None,
+        shift=dmean,
+        offset=None if a.offset is None else dmean,
+        factor=cast(df, a.factor.dtype),
+        bias=None if a.bias is None else total,
+    )
+    return _Carriers(dx, dz if spec.adds else None), operands

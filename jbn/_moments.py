@@ -1,21 +1,23 @@
 """Statistics of a batch: one accurate pass, masks, merging, devices."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn import _axes
-from jbn._axes import Array, Axes
+from jbn import _axes, _lowering, _remat
+from jbn._axes import Array, Axes, Batch
 from jbn._complex import abs2, times
 
 # A shift taken from one element in 64 costs 1/64 of a read of x; see `_sample_mean`.
 _SAMPLE_STRIDE = 64
 # Small batches are sampled more densely: 16 elements put the shift within a std of the mean.
 _SAMPLE_MIN = 16
+# How large |mean|^2 / var may be for 0 to be as good a shift as any.
+_NEAR_ZERO = 16
 
 
 class Moments(NamedTuple):
@@ -96,12 +98,17 @@ def moments(
         >>> jbn.moments(jnp.array([[1.0, 2.0], [3.0, 6.0]])).mean.tolist()
         [2.0, 4.0]
     """
-    names = _axes.check_axis_names(axis_name, axis_index_groups)
+    batch = _axes.check_batch(axis_name, axis_index_groups)
     values = _axes.check_float_array("x", x)
     axes = _axes.check_axes(axis, values)
     valid = None if mask is None else _axes.check_mask(mask, values)
-    values, valid = _axes.align_varying(values, valid)
-    return statistics(carrier(values), values, valid, axes, names, axis_index_groups).moments()
+    return _moments(axes, batch, values, valid)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(axes: Axes, batch: Batch, x: jax.Array, mask: jax.Array | None) -> Moments:
+    x, mask = _axes.align_varying(x, mask)
+    return statistics(carrier(x), x, mask, axes, batch).moments()
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -151,8 +158,7 @@ def statistics(
     x: jax.Array,
     mask: jax.Array | None,
     axes: Axes,
-    axis_names: tuple[Any, ...] = (),
-    axis_index_groups: Any = None,
+    batch: Batch,
     custom_vjp: bool = True,
 ) -> Statistics:
     """`moments` of checked arguments, with the mean unrounded.
@@ -166,8 +172,8 @@ def statistics(
         else _local_statistics_plain(axes, x_carrier, mask)
     )
     stats = stats._replace(shift=lax.stop_gradient(stats.shift))
-    for name in axis_names:
-        stats = _pool(_all_gather(stats, name, axis_index_groups))
+    for name in batch.axis_names:
+        stats = _pool(_all_gather(stats, name, batch.axis_index_groups))
     return stats
 
 
@@ -201,15 +207,18 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
     if n == 0:
         zeros = jnp.zeros(shape, _axes.compute_dtype(x.dtype))
         return Statistics(zeros, zeros, jnp.zeros(shape, real), count)
+    if mask is None and axes.can_slice(x):
+        sample = functools.partial(_about_sample, axes)
+        zero = functools.partial(_about_zero, axes)
+        shifted = _lowering.by_platform(x, cpu=zero, gpu=sample, default=sample)
+    else:
+        shifted = _about_mean(axes, x, mask, count)
+    return _finish(shifted, count)
 
-    sampled = mask is None and axes.can_slice(x)
-    shift = _sample_mean(axes, x) if sampled else _whole_mean(axes, x, mask, count)
-    shift = lax.stop_gradient(shift)
-    d = x.astype(shift.dtype) - axes.expand(shift)
-    if mask is not None:
-        d = jnp.where(mask, d, 0)
-    offset = times(1 / jnp.maximum(count, 1), jnp.sum(d, axes.reduced))
-    mean_square = jnp.sum(abs2(d), axes.reduced) / jnp.maximum(count, 1)
+
+def _finish(shifted: "_Shifted", count: jax.Array) -> Statistics:
+    """Statistics from sum(d) / N and sum(|d|^2) / N."""
+    shift, offset, mean_square = shifted
     # Squares overflow long before sums do, and make var inf. A mean that overflowed as well is
     # given up for 0: x itself is finite, and finite times rsqrt(inf) = 0 makes y = bias.
     overflow = mean_square == jnp.inf
@@ -232,15 +241,18 @@ def _local_statistics(
 
 def _local_statistics_fwd(axes, x_carrier, x, mask):
     del x_carrier
-    stats = _local_statistics_plain(axes, x, mask)
+    stats: Statistics = _remat.tag(_local_statistics_plain(axes, x, mask))
     return stats, (x, mask, stats)
 
 
 def _local_statistics_bwd(axes, kept, g):
     x, mask, (shift, offset, _, count) = kept
     n = jnp.maximum(count, 1)
-    centred = (x.astype(shift.dtype) - axes.expand(shift)) - axes.expand(offset)
-    dx = axes.expand(times(1 / n, g.offset)) + times(axes.expand(2 * g.var / n), jnp.conj(centred))
+    constant, slope = times(1 / n, g.offset), 2 * g.var / n
+    features = _lowering.once(shift, offset, constant, slope)
+    shift, offset, constant, slope = map(axes.expand, features)
+    centred = (x.astype(shift.dtype) - shift) - offset
+    dx = constant + times(slope, jnp.conj(centred))
     if mask is not None:
         dx = jnp.where(mask, dx, 0)
     return dx, None, None
@@ -249,36 +261,82 @@ def _local_statistics_bwd(axes, kept, g):
 _local_statistics.defvjp(_local_statistics_fwd, _local_statistics_bwd)
 
 
-# The shift. By Cauchy-Schwarz the mean s of any k of the N elements obeys
+# The shift s. var computed about it has a relative error near (1 + |mean - s|^2 / var) roundings,
+# so any s within a few standard deviations of the mean will do.
 #
-#     |mean - s|^2 <= (1/k) sum over the k of |x_i - mean|^2 <= (N/k) var,
+# The mean of any k of the N elements is such an s: by Cauchy-Schwarz
 #
-# and var computed about s has a relative error near (1 + |mean - s|^2 / var) roundings. So one
-# element in 64 gives at most about 65, on any data at all; on most it gives about one.
+#     |mean - s|^2 <= (1/k) sum over the k of |x_i - mean|^2 <= (N/k) var.
+#
+# One element in 64 gives at most about 65 roundings, on any data at all; on most it gives about
+# one. On CPU, where to subtract anything costs half as much again as to add up, 0 is tried first:
+# the features of most networks lie near enough to it.
+
+_Shifted = tuple[jax.Array, jax.Array, jax.Array]  # shift, sum(d) / N, sum(|d|^2) / N
+
+
+def _about_sample(
+    axes: Axes, x: jax.Array, separate: Callable[..., Any] = lambda *arrays: arrays
+) -> _Shifted:
+    """For one read of x and a bit: both sums in one kernel, unless they are separated."""
+    shift = lax.stop_gradient(_sample_mean(axes, x))
+    n = axes.reduced_size(x.shape)
+    x, s = separate(x, shift)
+    offset = _mean(axes, x.astype(shift.dtype) - axes.expand(s), n)
+    x, s = separate(x, s)
+    return shift, offset, _mean(axes, abs2(x.astype(shift.dtype) - axes.expand(s)), n)
+
+
+def _about_zero(axes: Axes, x: jax.Array) -> _Shifted:
+    """For one read of x by each sum; two more, about a sample, where a mean is far from 0."""
+    n, dtype = axes.reduced_size(x.shape), _axes.compute_dtype(x.dtype)
+    (x,) = _lowering.apart(x)
+    mean = _mean(axes, x.astype(dtype), n)
+    (x,) = _lowering.apart(x)
+    mean_square = _mean(axes, abs2(x.astype(dtype)), n)
+    near = abs2(mean) <= _NEAR_ZERO * (mean_square - abs2(mean))
+
+    def keep(x: jax.Array, mean: jax.Array, mean_square: jax.Array) -> _Shifted:
+        return jnp.zeros_like(mean), mean, mean_square
+
+    def shift(x: jax.Array, mean: jax.Array, mean_square: jax.Array) -> _Shifted:
+        return _about_sample(axes, x, _lowering.apart)
+
+    accurate = jnp.all(near & jnp.isfinite(mean_square))
+    return lax.cond(accurate, keep, shift, x, mean, mean_square)
+
+
+def _about_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Array) -> _Shifted:
+    """For one more read of x, where a sample will not do: under a mask it might hold nothing."""
+    n = jnp.maximum(count, 1)
+    x = x.astype(_axes.compute_dtype(x.dtype))
+    mean = _mean(axes, x if mask is None else jnp.where(mask, x, 0), n)
+    shift = lax.stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
+    d = x - axes.expand(shift)
+    if mask is not None:
+        d = jnp.where(mask, d, 0)
+    return shift, _mean(axes, d, n), _mean(axes, abs2(d), n)
+
+
+def _mean(axes: Axes, v: jax.Array, n: Any) -> jax.Array:
+    """sum(v) / n over the reduced axes."""
+    return times(1 / jnp.asarray(n, v.real.dtype), jnp.sum(v, axes.reduced))
 
 
 def _sample_mean(axes: Axes, x: jax.Array) -> jax.Array:
-    """The mean of about one element in 64, exact for a constant feature."""
+    """The mean of about one element in 64, exact for a constant feature and safe from overflow."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(_sample_mean(axes, x.real), _sample_mean(axes, x.imag))
     stride = max(1, min(_SAMPLE_STRIDE, axes.reduced_size(x.shape) // _SAMPLE_MIN))
     steps = [slice(None)] * x.ndim
     for i in axes.reduced:  # major axes first: a slice of a minor one would read all of x
         step = min(stride, x.shape[i])
         steps[i] = slice(None, None, step)
         stride //= step
-    sample = x[tuple(steps)].astype(_axes.compute_dtype(x.dtype))
-    first = sample[tuple(slice(0, 1) if i in axes.reduced else slice(None) for i in range(x.ndim))]
-    mean = jnp.mean(sample - first, axes.reduced) + lax.squeeze(first, axes.reduced)
-    return jnp.where(jnp.isfinite(mean), mean, lax.squeeze(first, axes.reduced))
-
-
-def _whole_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Array) -> jax.Array:
-    """The mean of all valid elements, for one more read of x.
-
-    For where a sample will not do: under a mask it might hold no valid element.
-    """
-    valid = (x if mask is None else jnp.where(mask, x, 0)).astype(_axes.compute_dtype(x.dtype))
-    mean = times(1 / jnp.maximum(count, 1), jnp.sum(valid, axes.reduced))
-    return jnp.where(jnp.isfinite(mean), mean, 0)
+    sample = x[tuple(steps)].astype(_axes.real_dtype(x.dtype))
+    low, high = jnp.min(sample, axes.reduced), jnp.max(sample, axes.reduced)
+    mean = jnp.mean(sample, axes.reduced)
+    return jnp.where(jnp.isfinite(mean), jnp.clip(mean, low, high), low)
 
 
 def _pool(parts: Statistics) -> Statistics:

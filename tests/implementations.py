@@ -3,7 +3,10 @@
 A new path (a lowering, a layer, a variant) is held to the whole contract by an entry here.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import numpy as np
 
 import jbn
 import jbn.linen
+from jbn import _batch_norm, _lowering, _moments
 from tests import cases
 from tests.cases import Case
 
@@ -61,11 +65,41 @@ def linen(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
     return y, updated["batch_moments"]["moments"]
 
 
-ALL = (function, autodiff, linen)
+@contextlib.contextmanager
+def lowered_for(platform: str) -> Iterator[None]:
+    """Inside, jbn compiles for the CPU what it would for another platform ("default": a TPU)."""
+
+    def choose(*args: Any, **branches: Any) -> Any:
+        return branches[platform](*args)
+
+    compiled = (_batch_norm._batch_norm, _batch_norm._batch_norm_inference, _moments._moments)
+    for function in compiled:
+        function.clear_cache()
+    with mock.patch.object(_lowering, "by_platform", choose):
+        yield
+    for function in compiled:
+        function.clear_cache()
+
+
+def gpu(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
+    """The functional form as compiled for a GPU."""
+    return function(case, args)
+
+
+def tpu(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
+    """The functional form as compiled for a TPU."""
+    return function(case, args)
+
+
+LOWERINGS = {gpu: "gpu", tpu: "default"}
+ALL = (function, autodiff, linen, gpu, tpu)
 
 
 def run(implementation: Any, case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments, dict]:
     """Values, moments, and gradients as `oracle.gradients` gives them, in one compiled program."""
+    if implementation in LOWERINGS:
+        with lowered_for(LOWERINGS[implementation]):
+            return run(lambda case, args: implementation(case, args), case, args)
     names = [k for k in ("x", "scale", "bias", "residual") if args[k] is not None]
 
     @jax.jit

@@ -130,8 +130,8 @@ before = set(sys.modules)
 import jbn
 print(sorted({m.partition(".")[0] for m in set(sys.modules) - before}))
 """
-    ours = set(eval(run(code))) - set(sys.stdlib_module_names)
-    assert ours == {"jbn"}
+    loaded = set(eval(run(code))) - set(sys.stdlib_module_names)
+    assert loaded <= {"jbn", "jax"}  # of jax, parts that it loads when asked for
 
 
 def test_version():

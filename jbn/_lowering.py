@@ -1,0 +1,58 @@
+"""What differs by platform: how XLA is kept from moving `x` more often than it must.
+
+The arithmetic is the same everywhere. Batch norm reads `x` once for its sums and once more to
+apply them, and each compiler leaves that path at a different point:
+
+- CPU: every sum is a kernel of its own, and what two of them share (a cast to float32, x - shift)
+  is written to memory, unless `apart` hides that it is shared.
+- GPU: two sums of one operand become one kernel only where that operand is cheap to compute;
+  `sum_both` makes them one sum. What the next kernel needs again is then computed again, not
+  written, if `apart` hides that it is the same.
+- TPU, and platforms unknown: the plain formulas are at the floor already.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def by_platform(
+    *args: Any,
+    cpu: Callable[..., Any],
+    gpu: Callable[..., Any],
+    default: Callable[..., Any],
+) -> Any:
+    """Calls the function for the platform that the program is compiled for."""
+    return lax.platform_dependent(*args, cpu=cpu, cuda=gpu, rocm=gpu, default=default)
+
+
+def apart(*arrays: Any) -> Any:
+    """The same arrays, but for XLA new ones: nothing computed from them is shared with before."""
+    return lax.optimization_barrier(arrays)
+
+
+def once(*features: Any) -> Any:
+    """The same feature arrays, on CPU made before the loop over `x` and not in it, N times over."""
+    return by_platform(*features, cpu=_stacked, gpu=_as_they_are, default=_as_they_are)
+
+
+def _stacked(*features: jax.Array) -> tuple[jax.Array, ...]:
+    if len({f.dtype for f in features}) > 1:
+        return features
+    (stack,) = apart(jnp.stack(features))  # which XLA writes to memory
+    return tuple(stack)
+
+
+def _as_they_are(*features: jax.Array) -> tuple[jax.Array, ...]:
+    return features
+
+
+def sum_both(a: jax.Array, b: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Sums of two arrays of one shape and dtype over the same axes, as one complex sum if real."""
+    if jnp.iscomplexobj(a):
+        return jnp.sum(a, axes), jnp.sum(b, axes)
+    both = jnp.sum(lax.complex(a, b), axes)
+    return both.real, both.imag
