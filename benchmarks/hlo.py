@@ -13,6 +13,7 @@ from typing import Any
 BITS = {"pred": 8, "c64": 64, "c128": 128}  # the others end in their number of bits
 FREE = {"parameter", "constant", "get-tuple-element", "bitcast", "tuple", "copy-done"}
 SLICES = ("slice", "dynamic-slice")
+CASTS = ("bitcast", "convert")
 SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)")
 
@@ -125,8 +126,10 @@ def _kernels(
 
 def _read(body: dict[str, Instruction], index: int, whole: int) -> int:
     """Bytes that a fusion reads of one operand: those of its slices, where it is only sliced."""
-    names = [v.name for v in body.values() if v.op == "parameter" and v.arguments == str(index)]
-    users = [v for v in body.values() if set(names) & set(v.operands)]
+    names = {v.name for v in body.values() if v.op == "parameter" and v.arguments == str(index)}
+    for v in body.values():  # in order, so that a cast comes after what it is of
+        names |= {v.name} if v.op in CASTS and names & set(v.operands) else set()
+    users = [v for v in body.values() if v.op not in CASTS and names & set(v.operands)]
     if users and all(v.op in SLICES for v in users):
         return sum(size(v.type) for v in users)
     return whole

@@ -361,7 +361,7 @@ def _preactivation(spec: _Spec, a: _Operands, c: jax.Array) -> jax.Array:
     if a.bias is not None:
         z = z + spec.axes.expand(a.bias)
     if a.residual is not None:
-        z = z + a.residual.astype(spec.computed)
+        z = z + _lowering.widen(a.residual, spec.computed)
     return z
 
 

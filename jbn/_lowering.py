@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -56,3 +57,31 @@ def sum_both(a: jax.Array, b: jax.Array, axes: Sequence[int]) -> tuple[jax.Array
         return jnp.sum(a, axes), jnp.sum(b, axes)
     both = jnp.sum(lax.complex(a, b), axes)
     return both.real, both.imag
+
+
+def widen(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """x in a wider dtype, on a GPU as it was rounded.
+
+    XLA drops a rounding to bfloat16 that is cast back at once, and reads the unrounded array in
+    its place. Where `x` is the output of the layer before, which the next convolution needs
+    rounded, that array would be written as well, at twice the size.
+    """
+    if x.dtype != jnp.bfloat16 or dtype != jnp.float32:
+        return x.astype(dtype)
+    return by_platform(x, cpu=_cast, gpu=_cast_bits, default=_cast)
+
+
+def _cast(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+@jax.custom_jvp
+def _cast_bits(x: jax.Array) -> jax.Array:
+    """bfloat16 is the upper half of float32."""
+    bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    return lax.bitcast_convert_type(bits << 16, jnp.float32)
+
+
+@_cast_bits.defjvp
+def _cast_bits_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _cast_bits(*primals), _cast(*tangents)

@@ -1,7 +1,7 @@
 """Statistics of a batch: one accurate pass, masks, merging, devices."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,8 @@ from jbn._complex import abs2, times
 _SAMPLE_STRIDE = 64
 # Small batches are sampled more densely: 16 elements put the shift within a std of the mean.
 _SAMPLE_MIN = 16
-# How large |mean|^2 / var may be for 0 to be as good a shift as any.
-_NEAR_ZERO = 16
+# How large |mean|^2 / var may be for one float32 to hold the mean as well as two.
+_NEAR_ZERO = 64
 
 
 class Moments(NamedTuple):
@@ -209,8 +209,8 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
         return Statistics(zeros, zeros, jnp.zeros(shape, real), count)
     if mask is None and axes.can_slice(x):
         sample = functools.partial(_about_sample, axes)
-        zero = functools.partial(_about_zero, axes)
-        shifted = _lowering.by_platform(x, cpu=zero, gpu=sample, default=sample)
+        own_mean = functools.partial(_about_own_mean, axes)
+        shifted = _lowering.by_platform(x, cpu=own_mean, gpu=sample, default=sample)
     else:
         shifted = _about_mean(axes, x, mask, count)
     return _finish(shifted, count)
@@ -269,41 +269,41 @@ _local_statistics.defvjp(_local_statistics_fwd, _local_statistics_bwd)
 #     |mean - s|^2 <= (1/k) sum over the k of |x_i - mean|^2 <= (N/k) var.
 #
 # One element in 64 gives at most about 65 roundings, on any data at all; on most it gives about
-# one. On CPU, where to subtract anything costs half as much again as to add up, 0 is tried first:
-# the features of most networks lie near enough to it.
+# one. On CPU, where the two sums read x one after the other, the first can be the mean itself. If
+# that is within 8 standard deviations of 0, its own rounding (about 2^-22 of it) is no error to
+# speak of, and offset = 0; a third sum for the offset makes it the corrected two-pass algorithm
+# (Chan, Golub and LeVeque, eq. 1.7).
 
 _Shifted = tuple[jax.Array, jax.Array, jax.Array]  # shift, sum(d) / N, sum(|d|^2) / N
 
 
-def _about_sample(
-    axes: Axes, x: jax.Array, separate: Callable[..., Any] = lambda *arrays: arrays
-) -> _Shifted:
-    """For one read of x and a bit: both sums in one kernel, unless they are separated."""
+def _about_sample(axes: Axes, x: jax.Array) -> _Shifted:
+    """For one read of x and a bit: both sums in one kernel."""
     shift = lax.stop_gradient(_sample_mean(axes, x))
     n = axes.reduced_size(x.shape)
-    x, s = separate(x, shift)
-    offset = _mean(axes, x.astype(shift.dtype) - axes.expand(s), n)
-    x, s = separate(x, s)
-    return shift, offset, _mean(axes, abs2(x.astype(shift.dtype) - axes.expand(s)), n)
+    d = x.astype(shift.dtype) - axes.expand(shift)
+    return shift, _mean(axes, d, n), _mean(axes, abs2(d), n)
 
 
-def _about_zero(axes: Axes, x: jax.Array) -> _Shifted:
-    """For one read of x by each sum; two more, about a sample, where a mean is far from 0."""
+def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
+    """For one read of x by each sum; and one more if a mean is far from 0."""
     n, dtype = axes.reduced_size(x.shape), _axes.compute_dtype(x.dtype)
+    first = x[tuple(0 if i in axes.reduced else slice(None) for i in range(x.ndim))].astype(dtype)
     (x,) = _lowering.apart(x)
     mean = _mean(axes, x.astype(dtype), n)
-    (x,) = _lowering.apart(x)
-    mean_square = _mean(axes, abs2(x.astype(dtype)), n)
-    near = abs2(mean) <= _NEAR_ZERO * (mean_square - abs2(mean))
+    # For a constant, the mean itself, unrounded; and for what the sum overflows, a number.
+    differs = jnp.abs(mean - first) > 2**-20 * jnp.abs(mean)
+    shift = lax.stop_gradient(jnp.where(differs, mean, first))
+    x, s = _lowering.apart(x, shift)
+    mean_square = _mean(axes, abs2(x.astype(dtype) - axes.expand(s)), n)
 
-    def keep(x: jax.Array, mean: jax.Array, mean_square: jax.Array) -> _Shifted:
-        return jnp.zeros_like(mean), mean, mean_square
+    def correct(x: jax.Array, s: jax.Array) -> jax.Array:
+        x, s = _lowering.apart(x, s)
+        return _mean(axes, x.astype(dtype) - axes.expand(s), n)
 
-    def shift(x: jax.Array, mean: jax.Array, mean_square: jax.Array) -> _Shifted:
-        return _about_sample(axes, x, _lowering.apart)
-
-    accurate = jnp.all(near & jnp.isfinite(mean_square))
-    return lax.cond(accurate, keep, shift, x, mean, mean_square)
+    exact = (abs2(mean) <= _NEAR_ZERO * mean_square) & jnp.isfinite(mean_square)
+    offset = lax.cond(jnp.all(exact), lambda *_: mean - shift, correct, x, s)
+    return shift, offset, mean_square
 
 
 def _about_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Array) -> _Shifted:
@@ -319,8 +319,10 @@ def _about_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Arr
 
 
 def _mean(axes: Axes, v: jax.Array, n: Any) -> jax.Array:
-    """sum(v) / n over the reduced axes."""
-    return times(1 / jnp.asarray(n, v.real.dtype), jnp.sum(v, axes.reduced))
+    """sum(v) / n over the reduced axes, exact for a constant that few bits hold."""
+    total = jnp.sum(v, axes.reduced)
+    n = jnp.asarray(n, total.real.dtype)
+    return lax.complex(total.real / n, total.imag / n) if jnp.iscomplexobj(total) else total / n
 
 
 def _sample_mean(axes: Axes, x: jax.Array) -> jax.Array:
