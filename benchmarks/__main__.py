@@ -3,8 +3,8 @@
     pip install -e ".[benchmarks,peers]"
     python -m benchmarks
 
-Accuracy, memory traffic and speed; for a platform whose device is missing, `--platform cuda` or
-`tpu` prints the memory traffic of programs compiled for it.
+Accuracy, memory traffic, whole networks, overhead and speed; for a platform whose device is
+missing, `--platform cuda` or `tpu` prints the memory traffic of programs compiled for it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import jax
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks import accuracy, peers, results, speed, traffic
+from benchmarks import accuracy, networks, overhead, peers, results, speed, traffic
 from benchmarks.peers import AFTER, MODES, PEERS, Case
 
 # Inputs of batch norm in a ResNet-50 and in dense networks.
@@ -171,12 +171,13 @@ def show_accuracy(names: Sequence[str], console: Console) -> list[accuracy.Recor
 
 
 def show_traffic(args: argparse.Namespace, console: Console) -> None:
-    """Counts and prints the memory traffic of every shape."""
+    """Counts and prints the memory traffic of every shape and of whole networks."""
     if packages := traffic.missing(args.platform):
         console.print(f"Left out: memory traffic on {args.platform} needs: pip install {packages}")
         return
     for name in dict.fromkeys(args.shapes):
         console.print(traffic.table(args.platform, args.dtypes, shape(name, args.platform)), "")
+    console.print(networks.table(args.platform), "")
 
 
 def show_speed(args: argparse.Namespace, console: Console) -> list[speed.Record]:
@@ -228,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"Left out: {reason}")
     errors = show_accuracy(args.peers, console)
     show_traffic(args, console)
+    console.print(overhead.table(), "")
     records = show_speed(args, console)
     if args.json:
         results.write_whole(args.json, as_json(**origin, speed=records, accuracy=errors))

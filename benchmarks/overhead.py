@@ -120,7 +120,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def table(layers: int, rounds: int) -> Table:
+def table(layers: int = 100, rounds: int = 5) -> Table:
     """Medians, and the medians of the ratios."""
     result = Table(
         title=f"Overhead on {jax.default_backend()}: medians of {rounds} rounds",

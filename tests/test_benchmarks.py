@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, peers, results, speed, traffic
+from benchmarks import accuracy, networks, overhead, peers, results, speed, traffic
 from benchmarks.peers import PEERS, Prepared
 from tests import cases, oracle
 
@@ -204,6 +204,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(speed, "BLOCK", 1e-4)
     monkeypatch.setattr(speed, "PAUSE", 0)
     monkeypatch.setattr(traffic, "table", lambda *args: f"Traffic of {args}")
+    monkeypatch.setattr(networks, "table", lambda *args: f"Networks on {args}")
+    monkeypatch.setattr(overhead, "table", lambda *args: "Overhead")
     return [
         *("--peers", "jbn", "linen", "--dtypes", "float32", "--rounds", "2", "--shapes", "small"),
         *("8x3", "--modes", "inference", "forward", "--after", "relu", "--platform", "cpu"),
