@@ -272,25 +272,22 @@ def check_batch(axis_name: Any, axis_index_groups: Any) -> Batch:
     return Batch(names, groups)
 
 
-def check_activation(activation: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:
-    """Checks that `activation` keeps the shape and returns the dtype that it gives."""
-    if activation is None:
-        return dtype
+def trace_activation(activation: Any, z: jax.Array) -> tuple[Any, np.dtype]:
+    """Checks that `activation` keeps the shape; returns its jaxpr and the dtype that it gives."""
     if not callable(activation):
         raise TypeError(
             "activation must be an elementwise function such as jax.nn.relu, "
             f"got {describe(activation)}."
         )
-    z = jax.ShapeDtypeStruct(shape, dtype)
-    y = jax.eval_shape(lambda z: activation(z), z)
-    if getattr(y, "shape", None) != shape or not jnp.issubdtype(y.dtype, jnp.inexact):
+    closed, y = jax.make_jaxpr(lambda z: activation(z), return_shape=True)(z)
+    if getattr(y, "shape", None) != z.shape or not jnp.issubdtype(y.dtype, jnp.inexact):
         name = getattr(activation, "__name__", activation)
         raise ValueError(
             f"activation must be elementwise, from {describe(z)} to floating point or complex "
             f"numbers of the same shape, but {name} gives {describe(y)}. "
             "Apply it to the output instead."
         )
-    return y.dtype
+    return closed, y.dtype
 
 
 def align_varying(*arrays: jax.Array | None) -> tuple[Any, ...]:

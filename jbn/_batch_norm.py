@@ -199,45 +199,42 @@ def _check(
     _axes.check_epsilon(epsilon)
     dtypes = [x.dtype, *(v.dtype for v in features.values())]
     computed = _axes.compute_dtype(*dtypes, *([] if residual is None else [residual.dtype]))
-    returned = _axes.check_activation(activation, x.shape, computed)
-    dtype = _axes.check_output_dtype(dtype, x, returned)
     mask = None if mask is None else _axes.check_mask(mask, x)
+    z = _axes.align_varying(x, mask, residual, *features.values())[0].astype(computed)
+    function, closed_over, returned = _closure(activation, z)
     centred = [features[name].dtype for name in ("mean",) if name in features]
     spec = _Spec(
         axes=axes,
         centred=_axes.compute_dtype(_axes.real_dtype(computed), x.dtype, *centred),
         computed=computed,
-        dtype=dtype,
-        activation=None,
+        dtype=_axes.check_output_dtype(dtype, x, returned),
+        activation=function,
         passes=activation is jax.nn.relu,
         adds=residual is not None,
         custom_vjp=custom_vjp,
     )
-    z = _axes.align_varying(x, mask, residual, *features.values())[0].astype(computed)
-    activation, closed_over = _closure(activation, z)
-    spec = dataclasses.replace(spec, activation=activation)
     return spec, _Arrays(x, mask, residual, features, epsilon, closed_over)
 
 
 def _closure(
     activation: Activation | None, z: jax.Array
-) -> tuple[Callable[..., jax.Array] | None, tuple[jax.Array, ...]]:
-    """The activation as a function of z and of what it closes over, and what that is.
+) -> tuple[Callable[..., jax.Array] | None, tuple[jax.Array, ...], np.dtype]:
+    """The activation as a function of z and of what it closes over, what that is, and its dtype.
 
     So that the rule can return cotangents for it, and be differentiated or batched apart from the
     trace in which the activation was made. (`jax.closure_convert` leaves integers inside.)
     """
     if activation is None:
-        return None, ()
-    closed = jax.make_jaxpr(lambda z: activation(z))(z)
+        return None, (), z.dtype
+    closed, dtype = _axes.trace_activation(activation, z)
     if not closed.consts and isinstance(activation, Hashable):
-        return activation, ()
+        return activation, (), dtype
 
     def converted(z: jax.Array, *closed_over: jax.Array) -> jax.Array:
         (y,) = eval_jaxpr(closed.jaxpr, closed_over, z)
         return y
 
-    return converted, tuple(closed.consts)
+    return converted, tuple(closed.consts), dtype
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -261,8 +258,20 @@ def _batch_norm_inference(spec: _Spec, args: _Arrays) -> jax.Array:
 def _rstd(var: jax.Array, epsilon: Any, empty: Any = False) -> jax.Array:
     """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
     v = var + jnp.asarray(epsilon, var.dtype)
-    undefined = empty | (v == 0) | (v == jnp.inf)
-    return jnp.where(undefined, 0, lax.rsqrt(jnp.where(undefined, 1, v)))
+    return _rsqrt(jnp.where(empty, jnp.inf, v))
+
+
+@jax.custom_jvp
+def _rsqrt(v: jax.Array) -> jax.Array:
+    """1 / sqrt(v), where that is finite; elsewhere 0, and so are its derivatives."""
+    return jnp.where(v == 0, 0, lax.rsqrt(v))
+
+
+@_rsqrt.defjvp
+def _rsqrt_jvp(primals, tangents):
+    (v,), (dv,) = primals, tangents
+    r = _rsqrt(v)
+    return r, jnp.where(r == 0, 0, -0.5 * r * r * r * dv)  # dv may be infinite
 
 
 def _normalize(

@@ -18,6 +18,8 @@ _SAMPLE_STRIDE = 64
 _SAMPLE_MIN = 16
 # How large |mean|^2 / var may be for one float32 to hold the mean as well as two.
 _NEAR_ZERO = 64
+# Elements of x up to which another sum costs less than the question whether it is needed.
+_SMALL = 1 << 16
 
 
 class Moments(NamedTuple):
@@ -301,6 +303,8 @@ def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
         x, s = _lowering.apart(x, s)
         return _mean(axes, x.astype(dtype) - axes.expand(s), n)
 
+    if x.size <= _SMALL:
+        return shift, correct(x, s), mean_square
     exact = (abs2(mean) <= _NEAR_ZERO * mean_square) & jnp.isfinite(mean_square)
     offset = lax.cond(jnp.all(exact), lambda *_: mean - shift, correct, x, s)
     return shift, offset, mean_square

@@ -1,6 +1,7 @@
 """Running statistics: what inference uses in place of the batch's own."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,21 +77,32 @@ def update_running_stats(
             f"running.mean = {_axes.describe(running.mean)} and "
             f"moments.mean = {_axes.describe(moments.mean)}."
         )
+    weights = None
     if momentum is not None:
         momentum = _axes.check_momentum(momentum)
-    mean, var, n = moments
+        if _axes.is_traced(momentum):
+            momentum = jnp.asarray(momentum, _axes.real_dtype(running.var.dtype, moments.var.dtype))
+        weights = momentum, 1 - momentum  # of a Python float without float32's rounding
+    return _update(running, moments, weights, unbiased, guard)
 
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _update(
+    running: RunningStats, moments: Moments, weights: Any, unbiased: bool, guard: bool
+) -> RunningStats:
+    """`update_running_stats` of checked arguments: one trace for all layers of a shape."""
+    mean, var, n = moments
     has_var = jnp.ones(n.shape, bool)
     if unbiased:
         has_var = n != 1
         var = jnp.where(has_var, var * (n / jnp.where(has_var, jnp.maximum(n - 1, 1), 1)), 0)
-    taken = jnp.ones(n.shape, bool) if momentum is not None else has_var
+    taken = jnp.ones(n.shape, bool) if weights is not None else has_var
     if guard:  # what is not finite is not even averaged, so that jax.debug_nans stays quiet
         taken &= (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
         mean, var = jnp.where(taken, mean, 0), jnp.where(taken, var, 0)
 
-    new_mean = _average(running.mean, mean, running.count, momentum)
-    new_var = _average(running.var, var, running.count, momentum)
+    new_mean = _average(running.mean, mean, running.count, weights)
+    new_var = _average(running.var, var, running.count, weights)
     if guard:  # what is finite may still overflow in the dtype that it is stored in
         taken &= jnp.isfinite(new_mean) & jnp.isfinite(new_var)
     updated = RunningStats(
@@ -102,19 +114,20 @@ def update_running_stats(
 
 
 def _average(
-    old: jax.Array, new: jax.Array, count: jax.Array, momentum: float | jax.Array | None
+    old: jax.Array, new: jax.Array, count: jax.Array, weights: tuple[Any, Any] | None
 ) -> jax.Array:
-    """The running value after one more, in the dtype of `old` (complex if `new` is)."""
+    """The running value after one more, in the dtype of `old` (complex if `new` is).
+
+    `weights` are those of `old` and `new`, None for the cumulative average.
+    """
     dtype = _axes.compute_dtype(old.dtype, new.dtype)
     stored = dtype if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old) else old.dtype
     old, new = old.astype(dtype), new.astype(dtype)
     real = _axes.real_dtype(dtype)
-    if momentum is None:
+    if weights is None:
         step = times(1 / (count.astype(real) + 1), new - old)
         updated = jnp.where(count == 0, new, old + step)  # the first wholly replaces its start
-    elif _axes.is_traced(momentum):
-        weight = jnp.asarray(momentum, real)
-        updated = times(weight, old) + times(1 - weight, new)
-    else:  # a Python float: 1 - momentum without float32's rounding
-        updated = momentum * old + (1 - momentum) * new
+    else:
+        a, b = (jnp.asarray(w, real) for w in weights)
+        updated = times(a, old) + times(b, new)
     return updated.astype(stored)

@@ -42,7 +42,9 @@ MODES = {
     "training": training,
     "relu": functools.partial(training, activation=jax.nn.relu),
     "mask": functools.partial(training, mask=jnp.arange(16)[:, None] < 9),
-    "residual": functools.partial(training, residual=jnp.ones(SHAPE), activation=jax.nn.gelu),
+    "residual": functools.partial(
+        training, residual=jnp.ones(SHAPE, "float32"), activation=jax.nn.gelu
+    ),
     "without the rule": functools.partial(training, custom_vjp=False),
     "gradients": gradients,
     "gradients, relu": functools.partial(gradients, activation=jax.nn.relu),
