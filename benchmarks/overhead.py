@@ -92,25 +92,39 @@ def builds(layers: int, rounds: int) -> dict[str, list[Build]]:
     return found
 
 
+def forward(model: nn.Module, variables: Any, x: jax.Array, _: jax.Array) -> Any:
+    """The output and the updated statistics."""
+    return model.apply(variables, x, mutable=["batch_stats"])
+
+
+def forward_and_backward(model: nn.Module, variables: Any, x: jax.Array, dy: jax.Array) -> Any:
+    """The same and the cotangents of parameters and input."""
+
+    def f(params: Any, x: jax.Array) -> Any:
+        return forward(model, {**variables, "params": params}, x, dy)
+
+    y, pull, updated = jax.vjp(f, variables["params"], x, has_aux=True)
+    return y, updated, pull(dy)
+
+
 def calls(rounds: int, repeats: int = 200) -> dict[str, dict[str, list[float]]]:
     """Seconds of a call of one layer, by what is called and the layer, in turns."""
     found: dict[str, dict[str, list[float]]] = {}
-    for kind in ("forward", "forward and backward"):
+    for called in (forward, forward_and_backward):
         functions: dict[str, Callable[[], Any]] = {}
         for name, layer in LAYERS.items():
             model = layer(use_running_average=False)
-            args = arguments(model)
-            apply = functools.partial(model.apply, mutable=["batch_stats"])
-            function = jax.jit(apply if kind == "forward" else functools.partial(step, model))
-            functions[name] = functools.partial(function, *args)
+            variables, x = arguments(model)
+            function = jax.jit(functools.partial(called, model))
+            functions[name] = functools.partial(function, variables, x, x)
             jax.block_until_ready(functions[name]())
-        found[kind] = {name: [] for name in functions}
+        times = found[called.__name__.replace("_", " ")] = {name: [] for name in functions}
         for _ in range(rounds):
             for name, function in functions.items():
                 start = time.perf_counter()
                 for _ in range(repeats):
                     jax.block_until_ready(function())
-                found[kind][name].append((time.perf_counter() - start) / repeats)
+                times[name].append((time.perf_counter() - start) / repeats)
     return found
 
 

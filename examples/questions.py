@@ -67,7 +67,6 @@ def train(
     return state.variables, losses.ravel()
 
 
-@functools.partial(jax.jit, static_argnames="shape")
 def probe(shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Largest |y - bias| and |dx| of batch norm, for random x, bias and dy."""
     x_key, bias_key, dy_key = jax.random.split(key, 3)

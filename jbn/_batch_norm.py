@@ -243,9 +243,13 @@ def _batch_norm(spec: _Spec, args: _Arrays, batch: Batch) -> tuple[jax.Array, Mo
     x, mask, residual = _axes.align_varying(_remat.tag(args.x), args.mask, args.residual)
     x_carrier = _moments.carrier(x)
     stats = _moments.statistics(x_carrier, x, mask, spec.axes, batch, spec.custom_vjp)
+    moments = stats.moments()
+    if mask is None and not batch.axis_names and spec.axes.reduced_size(x.shape) == 1:
+        # One element is its own mean. That y does not depend on it is known, not left to rounding.
+        x_carrier, stats = lax.stop_gradient((x_carrier, stats))
     rstd = _rstd(stats.var, args.epsilon, empty=stats.count == 0)
     args = args._replace(x=x, residual=residual)
-    return _normalize(spec, args, x_carrier, stats.shift, stats.offset, rstd), stats.moments()
+    return _normalize(spec, args, x_carrier, stats.shift, stats.offset, rstd), moments
 
 
 @functools.partial(jax.jit, static_argnums=0)
