@@ -231,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show_traffic(args, console)
     console.print(overhead.table(), "")
     records = show_speed(args, console)
+    console.print(speed.summary(records), "")
     if args.json:
         results.write_whole(args.json, as_json(**origin, speed=records, accuracy=errors))
         console.print(f"Wrote {args.json}")

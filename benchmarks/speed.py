@@ -151,6 +151,39 @@ def table(records: Sequence[Record]) -> Table:
     return result
 
 
+def ratios(records: Sequence[Record]) -> dict[tuple[str, str, str, str], list[float]]:
+    """Times over Linen's at every shape, by peer, dtype, mode and what follows."""
+    found: dict[tuple[str, str, str, str], list[float]] = {}
+    for r in records:
+        if r.ratio_to_linen is not None:
+            found.setdefault((r.peer, r.dtype, r.mode, r.after), []).append(r.ratio_to_linen)
+    return found
+
+
+def summary(records: Sequence[Record]) -> Table:
+    """Every peer's time over Linen's: the geometric mean over the shapes, and the range."""
+    found = ratios(records)
+    result = Table(
+        title="Time / Linen's, geometric means and ranges over the shapes",
+        caption="Below 1 is faster than flax.linen.BatchNorm.",
+    )
+    result.add_column("layer")
+    columns = list(dict.fromkeys(key[1:] for key in found))
+    for dtype, mode, after in columns:
+        result.add_column(f"{dtype}\n{mode}\n{after}", justify="right")
+    for peer in dict.fromkeys(key[0] for key in found):
+        cells = (found.get((peer, *column), []) for column in columns)
+        result.add_row(peer, *(geometric_mean_and_range(cell) for cell in cells))
+    return result
+
+
+def geometric_mean_and_range(values: Sequence[float]) -> str:
+    """As text; empty if there are no values."""
+    if not values:
+        return ""
+    return f"{np.exp(np.log(values).mean()):.2f}\n{min(values):.2f} to {max(values):.2f}"
+
+
 def what(mode: str, after: str) -> str:
     """What was timed, for titles."""
     return mode if after == "none" else f"{mode}, then {after}"

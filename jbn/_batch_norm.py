@@ -91,7 +91,8 @@ def batch_norm(
         residual: added before the activation, in the shape of `x`.
         activation: an elementwise function such as `jax.nn.relu`. The backward pass computes its
             argument again from `x`. Arrays that it closes over, such as a learned slope, get
-            their gradients.
+            their gradients. Outside `jax.jit`, give the same function each time: a new one is
+            compiled anew.
         axis_name: name or names of mapped axes (`jax.vmap`, `jax.pmap`, `jax.shard_map`) over
             which the batch is split as well.
         axis_index_groups: groups of indices along `axis_name`, each a batch of its own.

@@ -288,6 +288,23 @@ def test_machine_names_what_timings_depend_on(monkeypatch):
     assert machine["cpu"]
 
 
+def test_summary_is_a_geometric_mean():
+    def record(peer, shape, ratio):
+        times = 1.0, 1.0, 1.0, None, 1.0, 1.0
+        return speed.Record(peer, shape, "float32", "forward", "none", *times, ratio)
+
+    records = [
+        record("jbn", (8, 2), 0.5),
+        record("jbn", (16, 2), 2.0),
+        record("torch", (8, 2), 3.0),
+    ]
+    table = speed.summary(records)
+    assert [list(column.cells) for column in table.columns] == [
+        ["jbn", "torch"],
+        ["1.00\n0.50 to 2.00", "3.00\n3.00 to 3.00"],
+    ]
+
+
 def test_json_has_no_nan():
     record = accuracy.Record("haiku", 1e4, 1.0, math.inf, math.nan)
     assert json.loads(command.as_json(cpu="c", accuracy=[record])) == {

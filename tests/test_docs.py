@@ -15,6 +15,7 @@ import pytest
 import jbn
 import jbn._batch_norm
 import jbn._moments
+import jbn._remat
 import jbn._running
 import jbn.linen
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.standard_jax
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-MODULES = (jbn._moments, jbn._batch_norm, jbn._running, jbn.linen)
+MODULES = (jbn._moments, jbn._batch_norm, jbn._remat, jbn._running, jbn.linen)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
