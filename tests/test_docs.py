@@ -78,29 +78,90 @@ def test_readme_figures_of_the_questions():
         assert number in output, number
 
 
+RESULTS = ROOT / "benchmarks/results"
+PEERS = (
+    "jbn",
+    "linen-two-pass",
+    "nnx",
+    "haiku",
+    "equinox",
+    "keras",
+    "torch",
+    "torch-channels-last",
+)
+
+
 def test_readme_figures_of_the_traffic():
     """Each row of the table is in the committed output of `benchmarks.traffic`."""
-    results = {
-        platform: (ROOT / f"benchmarks/results/traffic-{platform}.txt").read_text()
+    rows = {
+        platform: {
+            tuple(cells[:3]): cells[3:]
+            for cells in _cells((RESULTS / f"traffic-{platform}.txt").read_text(), "│")
+        }
         for platform in ("cuda", "cpu")
     }
-    rows = {
-        platform: {tuple(cells[:3]): cells[3:] for cells in _cells(text, "│")}
-        for platform, text in results.items()
-    }
-    section = README.split("## Memory traffic")[1].split("\n## ")[0]
-    shown = [cells for cells in _cells(section, "|") if "float" in cells[0]]
-    assert len(shown) == 6
+    section = README.split("### Memory traffic")[1].split("\n### ")[0]
+    shown = [cells for cells in _cells(section, "|") if "float" in cells[0] and len(cells) == 7]
+    assert len(shown) == 8
     for name, *figures in shown:
         dtype, _, then = name.partition(", ")
         flax, ours = (rows["cuda"][dtype, then.replace(" and", ""), k] for k in ("flax", "jbn"))
         both = [(flax[i], ours[i]) for i in (0, 2, 3)]  # without the temporaries
         assert figures == [figure for pair in both for figure in pair], name
-    forward, backward = (
-        [rows["cpu"]["float32", "", k][i] for k in ("jbn", "flax")] for i in (0, 3)
-    )
-    assert f"({forward[0]} against {forward[1]} in float32)" in section
-    assert f"({backward[0]} against {backward[1]})" in section
+    ours, flax = (rows["cpu"]["bfloat16", "", k] for k in ("jbn", "flax"))
+    assert f"jbn moves {ours[0]} forward and {ours[3]} backward" in section
+    assert f"Flax {flax[0]} and {flax[3]}" in section
+
+
+def test_readme_figures_of_the_networks():
+    """They are those of the committed tables."""
+    step = {
+        (platform, cells[0], cells[1]): cells[2:]
+        for platform in ("cuda", "tpu", "cpu")
+        for cells in _cells((RESULTS / f"networks-{platform}.txt").read_text(), "│")
+    }
+    rows = {name: cells for name, *cells in _cells(README, "|") if len(cells) == 3}
+    scanned = [step[p, "scan bfloat16", "jbn"][1] for p in ("cuda", "tpu", "cpu")]
+    assert rows["16 scanned layers of convolution, batch norm and relu"] == scanned
+    resnets = [step["cuda", "ResNet-50", k] for k in ("flax", "jbn", "jbn, policy")]
+    assert rows["ResNet-50, 64 images"][0] == resnets[1][1]
+    assert rows["ResNet-50, 64 images, `jbn.save_batch_norm_inputs`"][0] == resnets[2][1]
+    flax, ours, policy = (cells[2] for cells in resnets)
+    assert f"{flax} GB with Flax's layer, {ours} GB with jbn's and {policy} GB" in README
+    assert len({tuple(cells[3:4]) for cells in resnets}) == 1  # convolutions, and with the policy
+    assert resnets[1][4] == resnets[2][4]  # as many sums
+
+
+def test_readme_figures_of_the_speed():
+    """Ratios and errors are those of the committed measurement."""
+    measured = json.loads((RESULTS / "cpu.json").read_text())
+    ratios = {}
+    for r in measured["speed"]:
+        after = "" if r["after"] == "none" else f", {r['after']}"
+        key = f"{r['dtype']}, {r['mode']}{after}"
+        ratios.setdefault(key, {}).setdefault(r["peer"], []).append(r["ratio_to_linen"])
+    section = README.split("### Speed on a CPU")[1].split("\n## ")[0]
+    rows = {name: cells for name, *cells in _cells(section, "|") if "float" in name}
+    assert rows.keys() == ratios.keys()
+    for name, peers in ratios.items():
+        means = [f"{np.exp(np.log(peers[peer]).mean()):.2f}" for peer in PEERS]
+        means[0] += f" ({min(peers['jbn']):.2f} to {max(peers['jbn']):.2f})"
+        assert rows[name] == means, name
+    overhead = {
+        cells[0].partition(",")[0]: cells[3]
+        for cells in _cells((RESULTS / "overhead-cpu.txt").read_text(), "│")
+    }
+    assert f"takes {overhead['all']} times as long as with Linen" in section
+    assert f"(tracing {overhead['trace']}, compiling {overhead['compile']};" in section
+
+    errors = {(r["peer"], r["mean"], r["std"]): r["y_error"] for r in measured["accuracy"]}
+    section = README.split("### Accuracy")[1].split("\n### ")[0]
+    (_, *header), _, *rows = _cells(section, "|")
+    assert len(rows) == len(PEERS) + 1
+    for peer, *cells in rows:
+        for cell, distribution in zip(cells, header, strict=True):
+            error = errors[peer, *map(float, distribution.split(", "))]
+            assert cell == ("NaN" if error is None else f"{error:.0e}")
 
 
 def _cells(text, bar):
