@@ -79,10 +79,10 @@ def update_running_stats(
         )
     weights = None
     if momentum is not None:
-        momentum = _axes.check_momentum(momentum)
-        if _axes.is_traced(momentum):
-            momentum = jnp.asarray(momentum, _axes.real_dtype(running.var.dtype, moments.var.dtype))
-        weights = momentum, 1 - momentum  # of a Python float without float32's rounding
+        old: Any = _axes.check_momentum(momentum)
+        if _axes.is_traced(old):
+            old = jnp.asarray(old, _axes.real_dtype(running.var.dtype, moments.var.dtype))
+        weights = old, 1 - old  # of a Python float without float32's rounding
     return _update(running, moments, weights, unbiased, guard)
 
 
