@@ -67,15 +67,22 @@ def linen(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
 
 @contextlib.contextmanager
 def lowered_for(platform: str) -> Iterator[None]:
-    """Inside, jbn compiles for the CPU what it would for another platform ("default": a TPU)."""
+    """Inside, jbn compiles for the CPU what it would for another platform.
+
+    "gpu"; "default", as for a TPU; "cpu"; "large": as for a CPU and large arrays.
+    """
 
     def choose(*args: Any, **branches: Any) -> Any:
-        return branches[platform](*args)
+        return branches["cpu" if platform == "large" else platform](*args)
 
     compiled = (_batch_norm._batch_norm, _batch_norm._batch_norm_inference, _moments._moments)
     for function in compiled:
         function.clear_cache()
-    with mock.patch.object(_lowering, "by_platform", choose):
+    small = 0 if platform == "large" else _moments._SMALL
+    with (
+        mock.patch.object(_lowering, "by_platform", choose),
+        mock.patch.object(_moments, "_SMALL", small),
+    ):
         yield
     for function in compiled:
         function.clear_cache()
@@ -91,8 +98,13 @@ def tpu(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
     return function(case, args)
 
 
-LOWERINGS = {gpu: "gpu", tpu: "default"}
-ALL = (function, autodiff, linen, gpu, tpu)
+def large(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
+    """The functional form as compiled for large arrays, differentiated by JAX."""
+    return autodiff(case, args)
+
+
+LOWERINGS = {gpu: "gpu", tpu: "default", large: "large"}
+ALL = (function, autodiff, linen, gpu, tpu, large)
 
 
 def run(implementation: Any, case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments, dict]:

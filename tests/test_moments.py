@@ -1,11 +1,14 @@
 """Moments: accuracy on hard data, edges, and the running statistics made of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jbn
+from tests import implementations
 
 
 def relative_error(x, **options):
@@ -19,6 +22,13 @@ def normal(n, mean, std, seed=0, channels=4):
     return (np.random.default_rng(seed).normal(size=(n, channels)) * std + mean).astype("float32")
 
 
+@pytest.fixture(params=["cpu", "large", "gpu"])
+def lowering(request):
+    with implementations.lowered_for(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("n", [64, 1000, 100_352])
 @pytest.mark.parametrize(
     ("mean", "std"),
@@ -58,6 +68,7 @@ ADVERSARIAL = (
 )
 
 
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("n", [64, 4096, 100_352])
 @pytest.mark.parametrize("spoil", ADVERSARIAL)
 def test_variance_of_adversarial_data(n, spoil):
@@ -74,6 +85,7 @@ def test_variance_under_a_mask_is_as_accurate():
     np.testing.assert_allclose(var, exact, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_output_far_from_zero(dtype):
     """The mean is not rounded before it is subtracted."""
@@ -85,6 +97,24 @@ def test_output_far_from_zero(dtype):
     assert np.max(np.abs(np.asarray(y, np.float64) - exact)) < 1e-4 + rounding
 
 
+@pytest.mark.usefixtures("lowering")
+@pytest.mark.parametrize("activation", [None, jax.nn.gelu])
+def test_gradients_far_from_zero(activation):
+    rng = np.random.default_rng(1)
+    wide = [normal(4096, 3000, 0.01, channels=3), rng.uniform(1, 2, 3), rng.normal(size=3)]
+    wide.append(1 + rng.normal(size=wide[0].shape))  # so that the sum of dy is large
+
+    def gradients(x, scale, bias, dy):
+        f = functools.partial(jbn.batch_norm, activation=activation)
+        return jax.vjp(lambda *args: f(*args)[0], x, scale, bias)[1](dy)
+
+    exact = gradients(*(jnp.asarray(v, "float64") for v in wide))
+    found = gradients(*(jnp.asarray(v, "float32") for v in wide))
+    for name, a, b in zip(("dx", "dscale", "dbias"), found, exact, strict=True):
+        error = np.abs(np.asarray(a, "float64") - b).max() / np.abs(b).max()
+        assert error < 2e-5, (name, error)
+
+
 def test_split_batch_far_from_zero_is_as_accurate():
     x = normal(4096, 3000, 0.01)
     f = jax.vmap(lambda x: jbn.batch_norm(x, axis_name="d")[0], axis_name="d")
@@ -94,6 +124,7 @@ def test_split_batch_far_from_zero_is_as_accurate():
     assert np.max(np.abs(np.asarray(y, np.float64) - exact)) < 1e-4
 
 
+@pytest.mark.usefixtures("lowering")
 def test_overflow_is_inf_and_never_nan():
     x = np.array([[1e30, 1], [-1e30, 2], [3e30, 3]], np.float32)
     y, moments = jbn.batch_norm(x, jnp.full(2, 2, "float32"), jnp.full(2, 0.5, "float32"))
@@ -105,6 +136,7 @@ def test_overflow_is_inf_and_never_nan():
     assert np.isfinite(grad).all()
 
 
+@pytest.mark.usefixtures("lowering")
 def test_overflow_far_from_the_sampled_elements():
     """Both squares are infinite here, that of the elements and that of the shift's offset."""
     x = np.full((64, 1), 1e30, np.float32)
@@ -115,6 +147,7 @@ def test_overflow_far_from_the_sampled_elements():
     np.testing.assert_array_equal(y, 0)
 
 
+@pytest.mark.usefixtures("lowering")
 def test_constant_features_are_exact():
     """At any magnitude, also where the sum of the sample would be rounded."""
     rng = np.random.default_rng(0)
@@ -137,6 +170,7 @@ def test_constant_feature_under_a_mask(value):
     assert np.isfinite(y).all()
 
 
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("values", [(3e38, 2e38), (3e38, -3e38), (-3e38, 3e38), (1e30, -1e30)])
 def test_sums_that_overflow(values, masked):
@@ -158,12 +192,14 @@ def test_sums_that_overflow(values, masked):
     np.testing.assert_allclose(grads[2], np.sum(np.sign(x)))
 
 
+@pytest.mark.usefixtures("lowering")
 def test_overflow_under_debug_nans():
     with jax.debug_nans(True):
         y, _ = jbn.batch_norm(jnp.array([[1e30], [-1e30], [1.0]], jnp.float32))
     np.testing.assert_array_equal(y, 0)
 
 
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("second", [0, -3e38])
 def test_sample_whose_sum_overflows(second, masked):
@@ -176,6 +212,7 @@ def test_sample_whose_sum_overflows(second, masked):
     np.testing.assert_array_equal(y, 0)
 
 
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_show(value):
     x = normal(256, 0, 1)
@@ -186,6 +223,7 @@ def test_values_that_are_not_finite_show(value):
     assert np.isfinite(y[:, [0, 2, 3]]).all()
 
 
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("custom_vjp", [True, False])
 def test_zero_variance_without_epsilon(custom_vjp):
     def f(x):
