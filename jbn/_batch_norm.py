@@ -201,8 +201,10 @@ def _check(
     dtypes = [x.dtype, *(v.dtype for v in features.values())]
     computed = _axes.compute_dtype(*dtypes, *([] if residual is None else [residual.dtype]))
     mask = None if mask is None else _axes.check_mask(mask, x)
-    z = _axes.align_varying(x, mask, residual, *features.values())[0].astype(computed)
-    function, closed_over, returned = _closure(activation, z)
+    function, closed_over, returned = None, (), computed
+    if activation is not None:
+        z = _axes.align_varying(x, mask, residual, *features.values())[0].astype(computed)
+        function, closed_over, returned = _closure(activation, z)
     centred = [features[name].dtype for name in ("mean",) if name in features]
     spec = _Spec(
         axes=axes,
@@ -218,15 +220,13 @@ def _check(
 
 
 def _closure(
-    activation: Activation | None, z: jax.Array
-) -> tuple[Callable[..., jax.Array] | None, tuple[jax.Array, ...], np.dtype]:
+    activation: Activation, z: jax.Array
+) -> tuple[Callable[..., jax.Array], tuple[jax.Array, ...], np.dtype]:
     """The activation as a function of z and of what it closes over, what that is, and its dtype.
 
     So that the rule can return cotangents for it, and be differentiated or batched apart from the
     trace in which the activation was made. (`jax.closure_convert` leaves integers inside.)
     """
-    if activation is None:
-        return None, (), z.dtype
     closed, dtype = _axes.trace_activation(activation, z)
     if not closed.consts and isinstance(activation, Hashable):
         return activation, (), dtype
