@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,8 +91,8 @@ def batch_norm(
         residual: added before the activation, in the shape of `x`.
         activation: an elementwise function such as `jax.nn.relu`. The backward pass computes its
             argument again from `x`. Arrays that it closes over, such as a learned slope, get
-            their gradients. Outside `jax.jit`, give the same function each time: a new one is
-            compiled anew.
+            their gradients. Outside `jax.jit`, a function that is not JAX's own is compiled anew
+            at each call.
         axis_name: name or names of mapped axes (`jax.vmap`, `jax.pmap`, `jax.shard_map`) over
             which the batch is split as well.
         axis_index_groups: groups of indices along `axis_name`, each a batch of its own.
@@ -228,7 +228,7 @@ def _closure(
     trace in which the activation was made. (`jax.closure_convert` leaves integers inside.)
     """
     closed, dtype = _axes.trace_activation(activation, z)
-    if not closed.consts and isinstance(activation, Hashable):
+    if not closed.consts and _is_jaxs_own(activation):
         return activation, (), dtype
 
     def converted(z: jax.Array, *closed_over: jax.Array) -> jax.Array:
@@ -236,6 +236,15 @@ def _closure(
         return y
 
     return converted, tuple(closed.consts), dtype
+
+
+def _is_jaxs_own(f: Any) -> bool:
+    """Whether a function stays what it is, so that what was compiled for it may be used again.
+
+    Others may read a variable that has changed since.
+    """
+    module = getattr(f, "__module__", None) or ""
+    return module.partition(".")[0] == "jax" and not isinstance(f, functools.partial)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -467,3 +467,27 @@ def test_two_named_axes():
     expected = jbn.batch_norm(x.reshape(30, 4))
     close(y.reshape(30, 4), expected[0])
     close(jax.tree.map(lambda v: v[1, 2], moments), expected[1])
+
+
+def test_an_activation_may_read_a_variable_that_changes():
+    """Called twice outside jit, it must not be remembered as it was."""
+    slope = [0.5]
+
+    def activation(z):
+        return jnp.where(z > 0, z, slope[0] * z)
+
+    x = jnp.asarray([[-1.0], [1.0]])
+    first, _ = jbn.batch_norm(x, epsilon=0.0, activation=activation)
+    slope[0] = 0.25
+    second, _ = jbn.batch_norm(x, epsilon=0.0, activation=activation)
+    np.testing.assert_array_equal((first, second), [[[-0.5], [1.0]], [[-0.25], [1.0]]])
+
+
+def test_a_program_exported_for_every_platform():
+    def f(x):
+        y, pull = jax.vjp(lambda x: jbn.batch_norm(x, activation=jax.nn.relu)[0], x)
+        return y, pull(y)
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3)))
+    exported = jax.export.export(jax.jit(f), platforms=("cpu", "cuda", "tpu"))(x)
+    jax.tree.map(np.testing.assert_array_equal, exported.call(x), jax.jit(f)(x))
