@@ -128,6 +128,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                 check_writable(path)
             except OSError as error:
                 parser.error(f"--{flag} must be a file that can be written: {error}")
+    if args.json and args.json == args.plot:
+        parser.error(f"--json and --plot must be two files, not {args.json} both")
     if args.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     args.run = args.platform in (HERE, "cpu") or has_device(args.platform)

@@ -197,7 +197,7 @@ def _check(
         if value is not None or name in ("mean", "var")
     }
     residual = None if residual is None else _axes.check_residual(residual, x)
-    _axes.check_epsilon(epsilon)
+    epsilon = _axes.check_epsilon(epsilon)
     dtypes = [x.dtype, *(v.dtype for v in features.values())]
     computed = _axes.compute_dtype(*dtypes, *([] if residual is None else [residual.dtype]))
     mask = None if mask is None else _axes.check_mask(mask, x)
@@ -214,7 +214,7 @@ def _check(
         activation=function,
         passes=activation is jax.nn.relu,
         adds=residual is not None,
-        custom_vjp=custom_vjp,
+        custom_vjp=bool(custom_vjp),
     )
     return spec, _Arrays(x, mask, residual, features, epsilon, closed_over)
 
@@ -265,6 +265,7 @@ def _batch_norm(spec: _Spec, args: _Arrays, batch: Batch) -> tuple[jax.Array, Mo
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_norm_inference(spec: _Spec, args: _Arrays) -> jax.Array:
     """`batch_norm_inference` of checked arguments."""
+    args = args._replace(x=_remat.tag(args.x))
     mean, var = args.features["mean"], args.features["var"]
     return _normalize(spec, args, _moments.carrier(args.x), mean, None, _rstd(var, args.epsilon))
 

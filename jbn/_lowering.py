@@ -41,7 +41,7 @@ def once(*features: Any) -> Any:
 
 
 def _stacked(*features: jax.Array) -> tuple[jax.Array, ...]:
-    if len({f.dtype for f in features}) > 1:
+    if len({(f.dtype, jax.typeof(f).sharding) for f in features}) > 1:
         return features
     (stack,) = apart(jnp.stack(features))  # which XLA writes to memory
     return tuple(stack)

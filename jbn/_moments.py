@@ -175,7 +175,7 @@ def statistics(
     )
     stats = stats._replace(shift=lax.stop_gradient(stats.shift))
     for name in batch.axis_names:
-        stats = _pool(_all_gather(stats, name, batch.axis_index_groups))
+        stats = _pool(_remat.tag(_all_gather(stats, name, batch.axis_index_groups)))
     return stats
 
 
@@ -290,17 +290,18 @@ def _about_sample(axes: Axes, x: jax.Array) -> _Shifted:
 def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
     """For one read of x by each sum; and one more if a mean is far from 0."""
     n, dtype = axes.reduced_size(x.shape), _axes.compute_dtype(x.dtype)
-    first = x[tuple(0 if i in axes.reduced else slice(None) for i in range(x.ndim))].astype(dtype)
+    near = _sample_mean(axes, x)
     (x,) = _lowering.apart(x)
     mean = _mean(axes, x.astype(dtype), n)
     # For a constant, the mean itself, unrounded; and for what the sum overflows, a number.
-    differs = jnp.abs(mean - first) > 2**-20 * jnp.abs(mean)
-    shift = lax.stop_gradient(jnp.where(differs, mean, first))
-    x, s = _lowering.apart(x, shift)
+    differs = jnp.abs(mean - near) > 2**-20 * jnp.abs(mean)
+    shift = lax.stop_gradient(jnp.where(differs, mean, near))
+    # One barrier each: under one, JAX gives the constant shift a tangent, of zeros.
+    (x,), (s,) = _lowering.apart(x), _lowering.apart(shift)
     mean_square = _mean(axes, abs2(x.astype(dtype) - axes.expand(s)), n)
 
     def correct(x: jax.Array, s: jax.Array) -> jax.Array:
-        x, s = _lowering.apart(x, s)
+        (x,) = _lowering.apart(x)
         return _mean(axes, x.astype(dtype) - axes.expand(s), n)
 
     if x.size <= _SMALL:

@@ -83,7 +83,7 @@ def update_running_stats(
         if _axes.is_traced(old):
             old = jnp.asarray(old, _axes.real_dtype(running.var.dtype, moments.var.dtype))
         weights = old, 1 - old  # of a Python float without float32's rounding
-    return _update(running, moments, weights, unbiased, guard)
+    return _update(running, moments, weights, bool(unbiased), bool(guard))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

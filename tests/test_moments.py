@@ -148,6 +148,14 @@ def test_overflow_far_from_the_sampled_elements():
 
 
 @pytest.mark.usefixtures("lowering")
+def test_first_element_close_to_the_mean_but_far_in_standard_deviations():
+    x = np.full((100_000, 2), 1e6, np.float32)
+    x[::10_000] += 0.0625
+    x[0] = 1e6 + 0.875
+    assert relative_error(x) < 5e-5
+
+
+@pytest.mark.usefixtures("lowering")
 def test_constant_features_are_exact():
     """At any magnitude, also where the sum of the sample would be rounded."""
     rng = np.random.default_rng(0)

@@ -62,7 +62,7 @@ def test_a_conditional_counts_the_branch_that_moves_least():
 
 # What each platform moves, in units of x. The floor is x, x, y forward (and the residual) and
 # dy, x, dy, x, dx backward (and the residual and its gradient, read back instead of dy where it
-# is dz itself). The sample that gives the shift takes up to 0.1.
+# is dz itself). The sample that gives the shift takes up to 0.1, on CPU 0.2.
 LIMITS = {
     ("cuda", "", False): (3.1, 5.1),
     ("cuda", "relu", False): (3.1, 5.1),
@@ -74,9 +74,9 @@ LIMITS = {
     ("tpu", "gelu", False): (3.1, 5.1),
     ("tpu", "relu", True): (4.1, 7.1),
     # A kernel for each sum: one read more forward and backward, and dz is written and read back.
-    ("cpu", "", False): (4.01, 6.01),
-    ("cpu", "relu", False): (4.01, 9.01),
-    ("cpu", "relu", True): (5.01, 10.01),
+    ("cpu", "", False): (4.2, 6.01),
+    ("cpu", "relu", False): (4.2, 9.01),
+    ("cpu", "relu", True): (5.2, 10.01),
 }
 
 
@@ -101,7 +101,7 @@ def test_traffic(case, dtype):
     assert traffic.forward <= forward
     assert traffic.kept == pytest.approx(2 if add else 1, abs=0.01)
     assert traffic.backward <= backward
-    assert traffic.forward_temporaries < 0.02
+    assert traffic.forward_temporaries < 0.05
     assert traffic.backward_temporaries < 0.02
 
 

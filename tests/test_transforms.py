@@ -491,3 +491,25 @@ def test_a_program_exported_for_every_platform():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3)))
     exported = jax.export.export(jax.jit(f), platforms=("cpu", "cuda", "tpu"))(x)
     jax.tree.map(np.testing.assert_array_equal, exported.call(x), jax.jit(f)(x))
+
+
+def test_tangents_of_a_batch_far_from_zero():
+    """The tangents are one for all of the batch, and a sum of the mean's rest is needed."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal((0, 20, 0), 1, (30_000, 3)), "float32")
+    t = jnp.sin(x)
+
+    def tangent(x):
+        return jax.jvp(lambda x: jbn.batch_norm(x, custom_vjp=False)[0], (x,), (t,))[1]
+
+    for row in jax.vmap(tangent)(jnp.stack([x, x])):
+        np.testing.assert_allclose(row, tangent(x), atol=1e-4)
+
+
+def test_parameters_sharded_apart_from_x():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    x, scale, bias = (np.random.default_rng(0).normal(size=s) for s in ((8, 4), 4, 4))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data", "model")))
+        y, _ = jbn.batch_norm(sharded, jnp.asarray(scale), jnp.asarray(bias))
+    np.testing.assert_allclose(y, jbn.batch_norm(x, scale, bias)[0], atol=1e-12)
