@@ -93,6 +93,11 @@ def kernels(compiled: Any) -> dict[str, tuple[int, int]]:
     return _kernels(computations, entry)
 
 
+def moved(compiled: Any) -> int:
+    """Bytes read and written by all kernels of a compiled program."""
+    return sum(read + written for read, written in kernels(compiled).values())
+
+
 def _kernels(
     computations: dict[str, dict[str, Instruction]], name: str
 ) -> dict[str, tuple[int, int]]:

@@ -217,7 +217,7 @@ def measure(compiled: Any) -> Step:
     values = [value for body in computations.values() for value in body.values()]
     return Step(
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        traffic=sum(read + written for read, written in hlo.kernels(compiled).values()),
+        traffic=hlo.moved(compiled),
         convolutions=sum(v.op == "convolution" or "$conv" in v.attributes for v in values),
         sums=sum(v.op == "reduce" for v in values),
     )

@@ -93,17 +93,14 @@ def measure(platform: str, f: Callable[..., jax.Array], x: Any, *args: Any) -> T
     backward = compile_for(platform, lambda pull, dy: pull(dy), pull, y)
     kept = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(pull))
 
-    def moved(compiled: Any) -> float:
-        return sum(read + written for read, written in hlo.kernels(compiled).values()) / unit
-
     def temporaries(compiled: Any) -> float:
         return compiled.memory_analysis().temp_size_in_bytes / unit
 
     return Traffic(
-        moved(forward),
+        hlo.moved(forward) / unit,
         temporaries(forward),
         kept / unit,
-        moved(backward),
+        hlo.moved(backward) / unit,
         temporaries(backward),
     )
 

@@ -1,7 +1,5 @@
 """Memory traffic, counted in compiled programs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,8 +14,7 @@ UNIT = X.size * 4
 
 
 def moved(f, *args):
-    compiled = jax.jit(f).lower(*args).compile()
-    return sum(read + written for read, written in hlo.kernels(compiled).values()) / UNIT
+    return hlo.moved(jax.jit(f).lower(*args).compile()) / UNIT
 
 
 def test_counts_of_known_programs():
@@ -80,7 +77,6 @@ LIMITS = {
 }
 
 
-@functools.cache
 def measured(platform, activation, add, dtype):
     if packages := traffic.missing(platform):
         pytest.skip(f"compiling for {platform} needs: pip install {packages}")
