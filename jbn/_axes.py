@@ -168,7 +168,7 @@ def check_residual(residual: Any, x: jax.Array) -> jax.Array:
 
 
 def check_mask(mask: Any, x: jax.Array) -> jax.Array:
-    """Returns the mask as a boolean array of the rank of `x`, not yet broadcast."""
+    """Returns the mask, boolean or weights, in the rank of `x`, not yet broadcast."""
     given, mask = mask, check_array("mask", mask)
     try:
         fits = jnp.broadcast_shapes(mask.shape, x.shape) == x.shape
@@ -181,15 +181,16 @@ def check_mask(mask: Any, x: jax.Array) -> jax.Array:
             "mask.reshape(-1, 1, ..., 1)."
         )
     if mask.dtype != jnp.bool_:
-        if not jnp.issubdtype(mask.dtype, jnp.number):
-            raise TypeError(f"mask must be boolean or hold 0 and 1, got {describe(mask)}.")
+        is_real = jnp.issubdtype(mask.dtype, jnp.floating)
+        if not is_real and not jnp.issubdtype(mask.dtype, jnp.integer):
+            raise TypeError(f"mask must be boolean or hold weights, got {describe(mask)}.")
         # In NumPy: inside jit, jax.numpy traces what it does to a known array too.
-        if not is_traced(given) and not np.isin(given, (0, 1)).all():
+        known = None if is_traced(given) else np.asarray(given)
+        if known is not None and not (np.isfinite(known) & (known >= 0)).all():
             raise ValueError(
-                f"mask must be boolean or hold only 0 and 1, got {describe(mask)} with other "
-                "values. Weights are not supported: use mask != 0 to select elements."
+                "mask must be boolean, or hold finite weights of at least 0, got "
+                f"{describe(mask)} with values from {known.min()} to {known.max()}."
             )
-        mask = mask != 0
     return jax.lax.expand_dims(mask, range(x.ndim - mask.ndim))
 
 

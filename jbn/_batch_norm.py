@@ -85,9 +85,9 @@ def batch_norm(
         axis: the feature axis or axes; all others are reduced.
         epsilon: added to the variance, 0 or more. Where var + epsilon is 0, x - mean is taken
             over 1 and y = activation(bias + residual).
-        mask: boolean or 0/1, broadcasting to `x` as in NumPy. Elements where it is 0 take no part
-            in the statistics; they are normalized all the same, so for gradients they must be
-            finite.
+        mask: boolean, or weights of at least 0, broadcasting to `x` as in NumPy: how much each
+            element counts in the statistics. Those of weight 0 take no part; they are normalized
+            all the same, so for gradients they must be finite.
         residual: added before the activation, in the shape of `x`.
         activation: an elementwise function such as `jax.nn.relu`. The backward pass computes its
             argument again from `x`. Arrays that it closes over, such as a learned slope, get

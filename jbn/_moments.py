@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbn import _axes, _lowering, _remat
@@ -28,7 +29,8 @@ class Moments(NamedTuple):
     Attributes:
         mean: [C], in the accumulation dtype (float32 or wider; complex for complex `x`).
         var: biased variance E|x - mean|^2 [C], real.
-        count: number of elements that each feature has [C], real. 0 for an empty batch.
+        count: number of elements that each feature has, or sum of their weights [C], real. 0 for
+            an empty batch.
     """
 
     mean: jax.Array
@@ -47,7 +49,7 @@ class Statistics(NamedTuple):
         shift: a constant close to the mean [C]; no gradient flows to it.
         offset: mean - shift [C].
         var: biased variance [C], real.
-        count: number of elements [C], real.
+        count: number of elements, or sum of their weights [C], real.
     """
 
     shift: jax.Array
@@ -74,12 +76,14 @@ def moments(
 
     in one shifted pass over `x` (two under a mask), whose relative error in var is at most about
     65 float32 roundings whatever the data are (Chan, Golub and LeVeque 1983, "Algorithms for
-    computing the sample variance", section 3, shifted data). Differentiable in reverse mode.
+    computing the sample variance", section 3, shifted data). Differentiable in reverse mode, the
+    weights too.
 
     Args:
         x: [..., C] floating or complex, any rank from 1.
         axis: the feature axis or axes; all others are reduced.
-        mask: boolean or 0/1, broadcasting to `x` as in NumPy; elements where it is 0 are left out.
+        mask: boolean, or weights of at least 0, broadcasting to `x` as in NumPy. Elements of weight
+            0 are left out, whatever they hold, and one of weight 2 counts as two.
         axis_name: name or names of mapped axes (`jax.vmap`, `jax.pmap`, `jax.shard_map`) over
             which the batch is split as well.
         axis_index_groups: groups of indices along `axis_name`, each a batch of its own.
@@ -91,8 +95,8 @@ def moments(
 
     Raises:
         TypeError: if `x` or `mask` is not an array, or `x` is not floating or complex.
-        ValueError: if an axis is out of range or repeated, `mask` does not broadcast to `x`, or
-            `axis_index_groups` come without an axis name.
+        ValueError: if an axis is out of range or repeated, `mask` does not broadcast to `x` or has
+            negative weights, or `axis_index_groups` come without an axis name.
         NameError: if `axis_name` is not bound.
 
     Example:
@@ -179,16 +183,18 @@ def statistics(
     return stats
 
 
-# The local pass, with d = x - shift and sums over the N valid elements of a feature:
+# The local pass, with d = x - shift, weights w (1 and 0 under a boolean mask), N = sum(w):
 #
-#     offset = sum(d) / N        var = sum(|d|^2) / N - |offset|^2
+#     offset = sum(w d) / N        var = sum(w |d|^2) / N - |offset|^2
 #
 # For every constant shift these are mean - shift and the variance exactly, so the shift takes no
 # part in differentiation and, with g the cotangents,
 #
-#     dx = g_offset / N + g_var * 2 conj(x - mean) / N,        x - mean = d - offset
+#     dx = w (g_offset / N + g_var * 2 conj(x - mean) / N),        x - mean = d - offset
+#     dw = Re(g_offset (x - mean)) / N + g_var (|x - mean|^2 - var) / N + g_N
 #
-# (conj by JAX's convention for the cotangent of a complex argument of a real function).
+# (conj by JAX's convention for the cotangent of a complex argument of a real function). An element
+# of weight 0 is left out altogether, since it may hold NaN: its weight gets the gradient 0.
 #
 # x enters the rule twice: `x` is read and kept in its own dtype; `x_carrier`, the same values cast
 # to the dtype of computation, is never read and takes the cotangent. So the contributions of this
@@ -203,9 +209,13 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
     n = axes.reduced_size(x.shape)
     if mask is None:
         count = jnp.broadcast_to(jnp.asarray(n, real), shape)
-    else:  # summed as integers: float32 stops counting at 2^24
+    else:
+        if jnp.issubdtype(mask.dtype, jnp.floating):
+            mask = _of_weight(mask, mask.astype(real))
+        # What can be is summed as integers: float32 stops counting at 2^24.
+        exact = real if mask.dtype == real else np.dtype(np.int32)
         mask = jnp.broadcast_to(mask, x.shape)
-        count = jnp.sum(mask, axes.reduced, dtype=jnp.int32).astype(real)
+        count = jnp.sum(mask, axes.reduced, dtype=exact).astype(real)
     if n == 0:
         zeros = jnp.zeros(shape, _axes.compute_dtype(x.dtype))
         return Statistics(zeros, zeros, jnp.zeros(shape, real), count)
@@ -248,16 +258,20 @@ def _local_statistics_fwd(axes, x_carrier, x, mask):
 
 
 def _local_statistics_bwd(axes, kept, g):
-    x, mask, (shift, offset, _, count) = kept
-    n = jnp.maximum(count, 1)
+    x, mask, (shift, offset, var, count) = kept
+    n = _at_least_one_element(count)
     constant, slope = times(1 / n, g.offset), 2 * g.var / n
     features = _lowering.once(shift, offset, constant, slope)
     shift, offset, constant, slope = map(axes.expand, features)
     centred = (x.astype(shift.dtype) - shift) - offset
     dx = constant + times(slope, jnp.conj(centred))
-    if mask is not None:
-        dx = jnp.where(mask, dx, 0)
-    return dx, None, None
+    if mask is None or not jnp.issubdtype(mask.dtype, jnp.floating):
+        return _weighted(mask, dx), None, None
+    var, g_count = axes.expand(var), axes.expand(g.count)
+    dmask = (constant * centred).real + slope / 2 * (abs2(centred) - var) + g_count
+    spread = [i for i in range(x.ndim) if mask.shape[i] != x.shape[i]]
+    dmask = jnp.sum(_of_weight(mask, dmask), spread, keepdims=True)
+    return _weighted(mask, dx), None, dmask.astype(mask.dtype)
 
 
 _local_statistics.defvjp(_local_statistics_fwd, _local_statistics_bwd)
@@ -313,14 +327,32 @@ def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
 
 def _about_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Array) -> _Shifted:
     """For one more read of x, where a sample will not do: under a mask it might hold nothing."""
-    n = jnp.maximum(count, 1)
+    n = _at_least_one_element(count)
     x = x.astype(_axes.compute_dtype(x.dtype))
-    mean = _mean(axes, x if mask is None else jnp.where(mask, x, 0), n)
+    mean = _mean(axes, _weighted(mask, x), n)
     shift = lax.stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
     d = x - axes.expand(shift)
     if mask is not None:
-        d = jnp.where(mask, d, 0)
-    return shift, _mean(axes, d, n), _mean(axes, abs2(d), n)
+        d = _of_weight(mask, d)  # before it is squared, and may overflow
+    return shift, _mean(axes, _weighted(mask, d), n), _mean(axes, _weighted(mask, abs2(d)), n)
+
+
+def _weighted(mask: jax.Array | None, v: jax.Array) -> jax.Array:
+    """Each element times its weight, and 0 for the weight 0, whatever the element."""
+    if mask is None:
+        return v
+    v = _of_weight(mask, v)
+    return v if mask.dtype == jnp.bool_ else times(mask.astype(_axes.real_dtype(v.dtype)), v)
+
+
+def _of_weight(mask: jax.Array, v: jax.Array) -> jax.Array:
+    """The elements that have a weight, the others 0."""
+    return jnp.where(mask.astype(bool), v, jnp.zeros((), v.dtype))
+
+
+def _at_least_one_element(count: jax.Array) -> jax.Array:
+    """The count to divide by."""
+    return jnp.where(count > 0, count, 1)
 
 
 def _mean(axes: Axes, v: jax.Array, n: Any) -> jax.Array:

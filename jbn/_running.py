@@ -94,8 +94,8 @@ def _update(
     mean, var, n = moments
     has_var = jnp.ones(n.shape, bool)
     if unbiased:
-        has_var = n != 1
-        var = jnp.where(has_var, var * (n / jnp.where(has_var, jnp.maximum(n - 1, 1), 1)), 0)
+        has_var = n > 1
+        var = jnp.where(has_var, var * (n / jnp.where(has_var, n - 1, 1)), 0)
     taken = jnp.ones(n.shape, bool) if weights is not None else has_var
     if guard:  # what is not finite is not even averaged, so that jax.debug_nans stays quiet
         taken &= (n > 0) & jnp.isfinite(mean) & jnp.isfinite(var)

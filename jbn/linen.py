@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,7 +13,7 @@ from flax.typing import Axes, Dtype, Initializer
 from jax.nn import initializers
 
 import jbn
-from jbn import _axes
+from jbn import _axes, _layer
 
 
 class BatchNorm(nn.Module):
@@ -26,8 +27,10 @@ class BatchNorm(nn.Module):
     no effect), a batch that is empty or not finite leaves the running statistics as they were, and
     these keep the dtype they are stored in.
 
-    If the collection `batch_moments` is named among the mutable ones, the batch's `jbn.Moments`
-    are put there.
+    If the collection `batch_moments` is named among the mutable ones, the layer puts the batch's
+    `jbn.Moments` there (`init` puts empty ones). Moments that are handed in by it are pooled with
+    the batch's, and the running statistics are updated from them together: so micro-batches count
+    as one batch, see docs/gradient_accumulation.md.
 
     Attributes:
         use_running_average: whether to normalize by `batch_stats` rather than by the batch. Given
@@ -52,6 +55,10 @@ class BatchNorm(nn.Module):
             no memory for the backward pass.
         unbiased: whether the running variance averages the unbiased variances, as in torch.
         custom_vjp: False leaves the backward pass to JAX, which adds forward mode (`jax.jvp`).
+        update_running_average: False leaves the running statistics as they are while the batch
+            normalizes; `batch_stats` need not be mutable then. Here or at the call.
+        mean_init: initializer of the running mean, called without a key.
+        var_init: initializer of the running variance, called without a key.
 
     Example:
         >>> import jax, jax.numpy as jnp, jbn.linen
@@ -82,6 +89,9 @@ class BatchNorm(nn.Module):
     )
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     custom_vjp: bool = dataclasses.field(default=True, kw_only=True)
+    update_running_average: bool = dataclasses.field(default=True, kw_only=True)
+    mean_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
+    var_init: Initializer = dataclasses.field(default=initializers.ones, kw_only=True)
 
     @nn.compact
     def __call__(
@@ -91,6 +101,7 @@ class BatchNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_running_average: bool | None = None,
     ) -> jax.Array:
         """Normalizes `x`, and in training updates `batch_stats`, which must then be mutable.
 
@@ -99,78 +110,89 @@ class BatchNorm(nn.Module):
         Args:
             x: [..., C] floating or complex.
             use_running_average: as the attribute; give one of them.
-            mask: boolean or 0/1, broadcasting to `x`; which elements the batch statistics count.
+            mask: boolean or weights, broadcasting to `x`: how much each element counts in the
+                batch statistics.
             residual: added before the activation, in the shape of `x`.
+            update_running_average: in place of the attribute.
 
         Returns:
             The output, in the shape of `x`.
 
         Raises:
-            TypeError, ValueError: for bad input, as `jbn.batch_norm`.
+            TypeError, ValueError: for bad input, as `jbn.batch_norm`, or if `batch_stats` are of
+                another width than `x`.
             flax.errors.ModifyScopeVariableError: in training, if `batch_stats` is not mutable.
+            flax.errors.ScopeCollectionNotFound: if there are no `batch_stats`.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        if update_running_average is None:
+            update_running_average = self.update_running_average
         x = _axes.check_float_array("x", x)
-        shape = _axes.check_axes(self.axis, x).feature_shape(x.shape)
-        counted = self.momentum is None and (not use_running_average or self.is_initializing())
-        running = self._running_stats(shape, jnp.iscomplexobj(x), counted)
-        scale = bias = None
+        shape = _layer.feature_shape(self, x)
+        updates = not use_running_average and update_running_average
+        running = self._running_stats(shape, jnp.iscomplexobj(x), counted=updates)
+        params: dict[str, jax.Array | None] = {"scale": None, "bias": None}
         if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+            params["scale"] = self.param("scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        options: dict[str, Any] = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "residual": residual,
-            "activation": self.activation,
-            "dtype": canonicalize_dtype(x, scale, bias, dtype=self.dtype),
-            "custom_vjp": self.custom_vjp,
-        }
-        if use_running_average:
-            mean, var = running["mean"].value, running["var"].value
-            return jbn.batch_norm_inference(x, mean, var, scale, bias, **options)
-
-        if self.axis_name is not None and not self.is_initializing():
-            options["axis_name"] = self.axis_name
-            options["axis_index_groups"] = self.axis_index_groups
-        y, moments = jbn.batch_norm(x, scale, bias, mask=mask, **options)
-        if not self.is_initializing():
-            self._update(running, moments)
+            params["bias"] = self.param("bias", self.bias_init, shape, self.param_dtype)
+        stats = {name: variable.value for name, variable in running.items()}
+        y, moments = _layer.normalize(
+            self,
+            x,
+            params,
+            stats,
+            use_running_average=use_running_average,
+            dtype=canonicalize_dtype(x, *params.values(), dtype=self.dtype),
+            mask=mask,
+            residual=residual,
+            mapped=not self.is_initializing(),
+        )
+        if moments is not None:
+            moments = self._pooled(moments)
+            if updates and not self.is_initializing():
+                for name, value in _layer.updated_stats(self, stats, moments).items():
+                    running[name].value = value
         return y
 
+    @nn.nowrap  # `tabulate` calls every wrapped method once more, alone
     def _running_stats(
         self, shape: tuple[int, ...], is_complex: bool, counted: bool
     ) -> dict[str, nn.Variable]:
-        """The variables of `batch_stats`; `count` is needed to update a cumulative average."""
+        """The variables of `batch_stats`; a cumulative average needs its count to be updated."""
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean_dtype = _axes.compute_dtype(dtype, jnp.complex64) if is_complex else dtype
-        running = {
-            "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype),
-            "var": self.variable("batch_stats", "var", jnp.ones, shape, dtype),
-        }
-        if counted:
-            count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.float32)
-            running["count"] = count
-        return running
+        initial = {"mean": (self.mean_init, mean_dtype), "var": (self.var_init, dtype)}
+        if self.momentum is None and (counted or self.is_initializing()):
+            initial["count"] = initializers.zeros, jnp.float32
+        try:
+            return {
+                name: self.variable("batch_stats", name, init, None, shape, dtype)
+                for name, (init, dtype) in initial.items()
+            }
+        except flax.errors.ScopeCollectionNotFound as error:
+            error.add_note(
+                "Running statistics are among the variables that `init` returns: pass them on, "
+                "apply({'params': ..., 'batch_stats': ...}, x)."
+            )
+            raise
 
-    def _update(self, running: dict[str, nn.Variable], moments: jbn.Moments) -> None:
-        """Takes the batch's moments into `batch_stats`, and hands them out if asked to."""
-        values = {name: variable.value for name, variable in running.items()}
-        values.setdefault("count", jnp.zeros(values["mean"].shape))
-        updated = jbn.update_running_stats(
-            jbn.RunningStats(**values), moments, momentum=self.momentum, unbiased=self.unbiased
-        )
-        for name, variable in running.items():
-            variable.value = getattr(updated, name)
-        if self._names_batch_moments():
-            self.put_variable("batch_moments", "moments", moments)
+    @nn.nowrap
+    def _pooled(self, moments: jbn.Moments) -> jbn.Moments:
+        """The batch's moments with those handed in, and hands them out, if the caller asks for it.
 
-    def _names_batch_moments(self) -> bool:
-        """Whether the caller asked for `batch_moments` by name, and not for all collections."""
+        That is, names `batch_moments` as mutable rather than all collections.
+        """
         mutable = self.scope.mutable if self.scope is not None else False
-        if isinstance(mutable, str):
-            return mutable == "batch_moments"
-        return isinstance(mutable, Collection) and "batch_moments" in mutable
+        named = {mutable} if isinstance(mutable, str) else mutable
+        if not isinstance(named, Collection) or "batch_moments" not in named:
+            return moments
+        if self.is_initializing():
+            moments = jax.tree.map(jnp.zeros_like, moments)
+        if self.has_variable("batch_moments", "moments"):
+            earlier = self.get_variable("batch_moments", "moments")
+            moments = jbn.merge_moments(earlier, moments)
+        self.put_variable("batch_moments", "moments", moments)
+        return moments

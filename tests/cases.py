@@ -21,6 +21,7 @@ class Case:
         axis: as given to the function.
         mask: shape of a random mask, or None.
         mask_dtype: its dtype.
+        weights: whether it holds weights rather than 0 and 1.
         valid: share of elements that the mask keeps.
     """
 
@@ -31,6 +32,7 @@ class Case:
     bias: bool = True
     mask: tuple[int, ...] | None = None
     mask_dtype: str = "bool"
+    weights: bool = False
     valid: float = 0.6
     residual: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
@@ -81,6 +83,9 @@ CASES = (
     Case("mask of lower rank", (16, 3, 5), mask=(3, 5)),
     Case("float mask", (16, 5), mask=(16, 1), mask_dtype="float32"),
     Case("integer mask", (5, 16), axis=0, mask=(16,), mask_dtype="int32"),
+    Case("weights", (16, 3, 5), mask=(16, 1, 5), mask_dtype="float64", weights=True),
+    Case("integer weights", (16, 5), mask=(16, 1), mask_dtype="int32", weights=True),
+    Case("small weights", (8, 4), mask=(8, 4), mask_dtype="float32", weights=True, valid=1 / 8),
     Case("all masked", (8, 4), mask=(8, 1), valid=0.0),
     Case("one valid element", (8, 4), mask=(8, 1), valid=1 / 8),
     Case("residual", (16, 5), residual=True),
@@ -114,6 +119,10 @@ def draw(case: Case, dtype: Any = "float64", seed: int = 0) -> dict[str, np.ndar
     if case.mask is not None:
         kept = round(case.valid * math.prod(case.mask))
         mask = rng.permutation(np.arange(math.prod(case.mask)) < kept).reshape(case.mask)
+        if case.weights:
+            mask = (
+                mask * rng.uniform(0.1, 0.4, case.mask) * (10 if case.mask_dtype == "int32" else 1)
+            )
         mask = mask.astype(case.mask_dtype)
     param_dtype = "float64" if jnp.dtype(dtype).itemsize >= 8 else "float32"
     if jnp.dtype(dtype) == np.complex64:
@@ -129,6 +138,12 @@ def draw(case: Case, dtype: Any = "float64", seed: int = 0) -> dict[str, np.ndar
         "dmean": normal(case.features).astype(accumulated(dtype)),
         "dvar": rng.normal(size=case.features).astype(accumulated(real)),
     }
+
+
+def differentiable(args: dict[str, Any]) -> list[str]:
+    """The arguments that have a gradient: floating weights too."""
+    arrays = {k: args[k] for k in ("x", "scale", "bias", "residual", "mask")}
+    return [k for k, v in arrays.items() if v is not None and jnp.issubdtype(v.dtype, jnp.inexact)]
 
 
 def accumulated(dtype: Any) -> Any:

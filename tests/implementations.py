@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jbn
 import jbn.linen
+import jbn.nnx
 from jbn import _batch_norm, _lowering, _moments
 from tests import cases
 from tests.cases import Case
@@ -41,15 +43,7 @@ def autodiff(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
 
 def linen(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
     """The Linen layer in training."""
-    layer = jbn.linen.BatchNorm(
-        use_running_average=False,
-        axis=case.axis,
-        epsilon=case.epsilon,
-        dtype=args["x"].dtype,
-        use_scale=case.scale,
-        use_bias=case.bias,
-        activation=case.activation,
-    )
+    layer = jbn.linen.BatchNorm(use_running_average=False, **_layer_options(case, args))
     zeros = jnp.zeros(case.features, cases.accumulated(args["x"].dtype))
     variables = {
         "params": {k: args[k] for k in ("scale", "bias") if args[k] is not None},
@@ -63,6 +57,30 @@ def linen(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
         mutable=["batch_stats", "batch_moments"],
     )
     return y, updated["batch_moments"]["moments"]
+
+
+def nnx(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
+    """The NNX layer in training."""
+    features = case.features if isinstance(case.axis, tuple) else case.features[0]
+    options = _layer_options(case, args)
+    layer = jbn.nnx.BatchNorm(features, rngs=flax.nnx.Rngs(0), **options)
+    for name in ("scale", "bias"):
+        if args[name] is not None:
+            getattr(layer, name).set_value(args[name])
+    forward = flax.nnx.capture(layer, jbn.nnx.BatchMoments)
+    y, captured = forward(args["x"], mask=args["mask"], residual=args["residual"])
+    return y, captured["moments"].get_value()
+
+
+def _layer_options(case: Case, args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "axis": case.axis,
+        "epsilon": case.epsilon,
+        "dtype": args["x"].dtype,
+        "use_scale": case.scale,
+        "use_bias": case.bias,
+        "activation": case.activation,
+    }
 
 
 @contextlib.contextmanager
@@ -104,7 +122,7 @@ def large(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
 
 
 LOWERINGS = {gpu: "gpu", tpu: "default", large: "large"}
-ALL = (function, autodiff, linen, gpu, tpu, large)
+ALL = (function, autodiff, linen, nnx, gpu, tpu, large)
 
 
 def run(implementation: Any, case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments, dict]:
@@ -112,7 +130,7 @@ def run(implementation: Any, case: Case, args: dict[str, Any]) -> tuple[Any, jbn
     if implementation in LOWERINGS:
         with lowered_for(LOWERINGS[implementation]):
             return run(lambda case, args: implementation(case, args), case, args)
-    names = [k for k in ("x", "scale", "bias", "residual") if args[k] is not None]
+    names = cases.differentiable(args)
 
     @jax.jit
     def program(diff, rest, cotangents):

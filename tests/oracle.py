@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import cases
 from tests.cases import Case
 
 
@@ -25,13 +26,15 @@ def batch_norm(case: Case, args: dict[str, Any], xp: Any = np) -> tuple[Any, Any
         return xp.expand_dims(v.astype(dtype), case.reduced_axes)
 
     x = x.astype(dtype)
-    valid = xp.ones(x.shape, bool) if args["mask"] is None else args["mask"].astype(bool)
-    valid = xp.broadcast_to(valid, x.shape)
-    n = valid.sum(**sums).astype(np.float64)
-    mean = xp.where(valid, x, 0).sum(**sums) / xp.maximum(n, 1).astype(dtype)
+    weight = xp.ones(x.shape) if args["mask"] is None else args["mask"].astype(np.float64)
+    weight = xp.broadcast_to(weight, x.shape)
+    weight = xp.where(weight > 0, weight, 0.0)  # and no gradient where it is 0
+    n = weight.sum(**sums)
+    total = xp.where(n > 0, n, 1.0)
+    mean = (weight.astype(dtype) * xp.where(weight > 0, x, 0)).sum(**sums) / total.astype(dtype)
     c = x - mean
     square = c.real**2 + c.imag**2 if xp.iscomplexobj(c) else c**2
-    var = xp.where(valid, square, 0.0).sum(**sums) / xp.maximum(n, 1)
+    var = (weight * xp.where(weight > 0, square, 0.0)).sum(**sums) / total
     xhat = c / xp.sqrt(var + case.epsilon).astype(dtype)
     xhat = xp.where(n > 0, xhat, 0)
     z = per_feature(args["scale"], 1.0) * xhat + per_feature(args["bias"], 0.0)
@@ -52,7 +55,7 @@ def gradients(case: Case, args: dict[str, Any]) -> dict[str, dict[str, np.ndarra
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(case: Case, args: dict[str, Any]) -> dict[str, dict[str, jax.Array]]:
-    diff = {k: args[k] for k in ("x", "scale", "bias", "residual") if args[k] is not None}
+    diff = {k: args[k] for k in cases.differentiable(args)}
     outputs, pull = jax.vjp(lambda d: batch_norm(case, {**args, **d}, jnp)[:3], diff)
     zeros = [jnp.zeros_like(o) for o in outputs]
     grads = {}

@@ -80,10 +80,11 @@ CASES = {
         ValueError,
         "mask must broadcast to x",
     ),
-    "mask of weights": (
-        lambda: train(mask=jnp.full((4, 1), 0.5)),
+    "mask of negative weights": (
+        lambda: train(mask=jnp.array([[0.5], [1], [-1], [1]])),
         ValueError,
-        "mask must be boolean or hold only 0 and 1",
+        "mask must be boolean, or hold finite weights of at least 0, got float64[4,1] with values "
+        "from -1.0 to 1.0.",
     ),
     "mask a list": (lambda: train(mask=[True]), TypeError, "mask must be an array, got list"),
     "epsilon negative": (
@@ -139,7 +140,7 @@ CASES = {
     "mask of keys": (
         lambda: train(mask=jax.random.split(jax.random.key(0), 3)),
         TypeError,
-        "mask must be boolean or hold 0 and 1, got key<fry>[3].",
+        "mask must be boolean or hold weights, got key<fry>[3].",
     ),
     "epsilon complex": (lambda: train(epsilon=1j), TypeError, "epsilon must be a real number"),
     "epsilon for each feature": (lambda: train(epsilon=C), TypeError, "epsilon must be a real"),
@@ -239,8 +240,8 @@ def test_known_mask_under_jit(array):
         return jax.jit(lambda x: jbn.moments(x, mask=mask))(X)
 
     assert f(array([[1.0], [0], [1], [0]])).count[0] == 2
-    with pytest.raises(ValueError, match="mask must be boolean or hold only 0 and 1"):
-        f(array([[1.0], [0.5], [1], [0]]))
+    with pytest.raises(ValueError, match="mask must be boolean, or hold finite weights"):
+        f(array([[1.0], [np.nan], [1], [0]]))
 
 
 def test_numpy_arrays_are_arrays():

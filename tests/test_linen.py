@@ -42,10 +42,18 @@ def test_arguments_are_flaxs():
         assert ours[name].default == theirs[name].default, name
         assert ours[name].kind == theirs[name].kind
     own = [f for f in dataclasses.fields(JBN) if f.name not in theirs]
-    assert [f.name for f in own] == ["activation", "unbiased", "custom_vjp"]
+    assert [f.name for f in own] == [
+        "activation",
+        "unbiased",
+        "custom_vjp",
+        "update_running_average",
+        "mean_init",
+        "var_init",
+    ]
     assert all(f.kw_only for f in own)
-    call = inspect.signature(JBN.__call__).parameters
-    assert list(call) == ["self", "x", "use_running_average", "mask", "residual"]
+    call = list(inspect.signature(JBN.__call__).parameters)
+    assert call[:4] == ["self", "x", "use_running_average", "mask"]
+    assert call[4:] == ["residual", "update_running_average"]
     assert JBN(True, 1, 0.9, name="bn").momentum == 0.9
 
 
