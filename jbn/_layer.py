@@ -1,6 +1,6 @@
 """What the Flax layers share: a call, given the layer's hyperparameters, parameters and state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -89,3 +89,13 @@ def updated_stats(layer: Hyperparameters, stats: Arrays, moments: jbn.Moments) -
         running, moments, momentum=layer.momentum, unbiased=layer.unbiased
     )
     return {name: getattr(running, name) for name in stats}
+
+
+def mask_of(params: Any, layers: Collection[tuple[Any, ...]]) -> Any:
+    """The tree of `params` with True for what lies at or below one of the paths of `layers`."""
+
+    def is_below(path: tuple[Any, ...], _: Any) -> bool:
+        names = tuple(getattr(key, "key", key) for key in path)
+        return any(names[: len(layer)] == layer for layer in layers)
+
+    return jax.tree.map_with_path(is_below, params)

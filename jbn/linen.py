@@ -1,7 +1,7 @@
 """Flax Linen layer: `flax.linen.BatchNorm`'s arguments and variables, jbn's computation."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -60,14 +60,52 @@ class BatchNorm(nn.Module):
         mean_init: initializer of the running mean, called without a key.
         var_init: initializer of the running variance, called without a key.
 
+    Under `nn.scan` over layers the statistics are stacked, `variable_axes={"batch_stats": 0}`, as
+    under `nn.vmap` for an ensemble. Where one layer normalizes over the mapped axis, share them
+    instead, and name the axes in the layer too, all of them if `nn.vmap` is nested:
+    `nn.vmap(..., variable_axes={"params": None, "batch_stats": None}, axis_name="batch")` with
+    `BatchNorm(axis_name="batch")`. Under `nn.scan` over time the statistics are carried from step
+    to step in training and broadcast at inference, where nothing may be carried; what is carried
+    must exist before, so `init` calls one step outside, as `Steps` does below.
+
     Example:
         >>> import jax, jax.numpy as jnp, jbn.linen
+        >>> from flax import linen as nn
         >>> bn = jbn.linen.BatchNorm(use_running_average=False, activation=jax.nn.relu)
         >>> x = jax.random.normal(jax.random.key(0), (8, 3))
         >>> variables = bn.init(jax.random.key(1), x)
         >>> y, updated = bn.apply(variables, x, mutable=["batch_stats"])
         >>> jax.tree.map(jnp.shape, updated)
         {'batch_stats': {'mean': (3,), 'var': (3,)}}
+
+        >>> class Step(nn.Module):
+        ...     train: bool
+        ...
+        ...     @nn.compact
+        ...     def __call__(self, carry, x):
+        ...         bn = jbn.linen.BatchNorm(use_running_average=not self.train)
+        ...         carry = jnp.tanh(bn(nn.Dense(3)(x) + carry))
+        ...         return carry, carry
+        >>> class Steps(nn.Module):
+        ...     train: bool
+        ...
+        ...     @nn.compact
+        ...     def __call__(self, carry, xs):
+        ...         step = Step(self.train)
+        ...         if self.is_initializing():
+        ...             return step(carry, xs[0])
+        ...         scan = nn.scan(
+        ...             lambda step, carry, x: step(carry, x),
+        ...             variable_carry="batch_stats" if self.train else False,
+        ...             variable_broadcast="params" if self.train else ["params", "batch_stats"],
+        ...         )
+        ...         return scan(step, carry, xs)
+        >>> carry, xs = jnp.zeros((8, 3)), jnp.stack([x, x + 1])
+        >>> variables = Steps(train=True).init(jax.random.key(1), carry, xs)
+        >>> (carry, ys), updated = Steps(train=True).apply(
+        ...     variables, carry, xs, mutable=["batch_stats"]
+        ... )
+        >>> carry, ys = Steps(train=False).apply({**variables, **updated}, carry, xs)
     """
 
     use_running_average: bool | None = None
@@ -196,3 +234,44 @@ class BatchNorm(nn.Module):
             moments = jbn.merge_moments(earlier, moments)
         self.put_variable("batch_moments", "moments", moments)
         return moments
+
+
+def batch_norm_mask(variables: Mapping[str, Any]) -> Any:
+    """Which parameters are those of batch norm: for optimizers that treat them apart.
+
+    A layer is known by its running statistics: parameters at a path where `batch_stats` has a mean
+    and a var are its scale and bias, be it jbn's layer or Flax's.
+
+    Args:
+        variables: the model's, with the collections `params` and `batch_stats`.
+
+    Returns:
+        The tree of `params` with True for the parameters of batch norm and False for all others,
+        as the masks of optax are.
+
+    Raises:
+        ValueError: if a collection is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jbn.linen, optax
+        >>> from flax import linen as nn
+        >>> model = nn.Sequential([nn.Dense(3), jbn.linen.BatchNorm(use_running_average=False)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((4, 2)))
+        >>> mask = jbn.linen.batch_norm_mask(variables)
+        >>> mask["layers_1"]
+        {'bias': True, 'scale': True}
+        >>> decayed = jax.tree.map(lambda is_batch_norm: not is_batch_norm, mask)
+        >>> optimizer = optax.adamw(1e-3, mask=decayed)  # no weight decay on batch norm
+    """
+    for name in ("params", "batch_stats"):
+        if name not in variables:
+            raise ValueError(
+                f"variables must have the collections params and batch_stats, got "
+                f"{', '.join(variables) or 'none'}: pass what the model's init returns."
+            )
+    stats = jax.tree.leaves_with_path(
+        variables["batch_stats"], is_leaf=lambda v: isinstance(v, nn.meta.AxisMetadata)
+    )
+    names = {tuple(getattr(key, "key", key) for key in path) for path, _ in stats}
+    layers = {path[:-1] for path in names if {(*path[:-1], "mean"), (*path[:-1], "var")} <= names}
+    return _layer.mask_of(variables["params"], layers)

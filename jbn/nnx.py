@@ -37,6 +37,12 @@ class BatchNorm(nnx.Module):
     are handed in as its `init` are pooled with the batch's, and the running statistics are updated
     from them together: so micro-batches count as one batch, see docs/gradient_accumulation.md.
 
+    Under `nnx.vmap` and `nnx.scan` over stacked layers the variables are mapped as any others. A
+    layer that is shared by the elements of a mapped axis, `in_axes=(None, 0)`, cannot be updated by
+    each of them on its own: give it that axis, `BatchNorm(..., axis_name="batch")` with
+    `nnx.vmap(..., axis_name="batch")`, or `update_running_average=False`. To take the shapes of a
+    model's output without computing it use `nnx.eval_shape(lambda m, x: m(x), model, x)`.
+
     Args:
         num_features: C, or the sizes of the feature axes in the order that they have in `x`.
         use_running_average: whether to normalize by the running statistics rather than by the
@@ -207,7 +213,8 @@ class BatchNorm(nnx.Module):
         """The dtype that `promote_dtype` and `dtype` give the output."""
         arrays = x, None, None, scale, bias
         if self.dtype is None and self.promote_dtype is not dtypes.promote_dtype:
-            arrays = jax.eval_shape(lambda: self.promote_dtype(arrays, dtype=None))
+            promoted = jax.eval_shape(lambda: self.promote_dtype(arrays, dtype=None))
+            return jnp.result_type(*(a.dtype for a in promoted if a is not None))
         return dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
 
     def _pooled(self, moments: jbn.Moments) -> jbn.Moments:
@@ -237,6 +244,34 @@ class BatchNorm(nnx.Module):
             self.use_running_average = use_running_average
         if update_running_average is not None:
             self.update_running_average = update_running_average
+
+
+def batch_norm_mask(model: nnx.Module, wrt: nnx.filterlib.Filter = nnx.Param) -> Any:
+    """Which parameters are those of batch norm: for optimizers that treat them apart.
+
+    Args:
+        model: with any number of `BatchNorm` layers, jbn's or Flax's.
+        wrt: the variables that are optimized, as for `nnx.Optimizer`.
+
+    Returns:
+        The tree of `nnx.state(model, wrt)` with True for the parameters of batch norm and False
+        for all others, as the masks of optax are.
+
+    Example:
+        >>> import jax, jbn.nnx, optax
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), jbn.nnx.BatchNorm(3, rngs=rngs))
+        >>> mask = jbn.nnx.batch_norm_mask(model)
+        >>> decayed = jax.tree.map(lambda is_batch_norm: not is_batch_norm, mask)
+        >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3, mask=decayed), wrt=nnx.Param)
+    """
+    layers = [
+        path
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BatchNorm | nnx.BatchNorm)
+    ]
+    return _layer.mask_of(nnx.as_pure(nnx.state(model, wrt)), layers)
 
 
 def _check_num_features(num_features: Any, axis: Any) -> tuple[int, ...]:

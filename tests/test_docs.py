@@ -18,13 +18,14 @@ import jbn._moments
 import jbn._remat
 import jbn._running
 import jbn.linen
+import jbn.nnx
 
 pytestmark = pytest.mark.standard_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-MODULES = (jbn._moments, jbn._batch_norm, jbn._remat, jbn._running, jbn.linen)
+PAGES = ("README.md", "docs/gradient_accumulation.md")
+MODULES = (jbn._moments, jbn._batch_norm, jbn._remat, jbn._running, jbn.linen, jbn.nnx)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
@@ -40,12 +41,15 @@ def test_public_functions_have_examples():
             assert ">>>" in getattr(jbn, name).__doc__, name
 
 
-def test_readme_code():
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page(page):
     """The blocks are one session, from top to bottom."""
-    assert len(BLOCKS) >= 4
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
     session = {}
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), session)
+    for block in blocks:
+        exec(compile(block, page, "exec"), session)
 
 
 def test_readme_figures_of_the_digits():
