@@ -203,8 +203,8 @@ def _check(
     mask = None if mask is None else _axes.check_mask(mask, x)
     function, closed_over, returned = None, (), computed
     if activation is not None:
-        z = _axes.align_varying(x, mask, residual, *features.values())[0].astype(computed)
-        function, closed_over, returned = _closure(activation, z)
+        arrays = x, mask, residual, *features.values()
+        function, closed_over, returned = _closure(activation, computed, *arrays)
     centred = [features[name].dtype for name in ("mean",) if name in features]
     spec = _Spec(
         axes=axes,
@@ -220,31 +220,37 @@ def _check(
 
 
 def _closure(
-    activation: Activation, z: jax.Array
+    activation: Activation, dtype: np.dtype, x: jax.Array, *arrays: jax.Array | None
 ) -> tuple[Callable[..., jax.Array], tuple[jax.Array, ...], np.dtype]:
     """The activation as a function of z and of what it closes over, what that is, and its dtype.
 
     So that the rule can return cotangents for it, and be differentiated or batched apart from the
     trace in which the activation was made. (`jax.closure_convert` leaves integers inside.)
     """
-    closed, dtype = _axes.trace_activation(activation, z)
-    if not closed.consts and _is_jaxs_own(activation):
-        return activation, (), dtype
+    if _is_jaxs_own(activation):
+        _, returned = _trace_once(activation, jax.ShapeDtypeStruct(x.shape, dtype))
+        return activation, (), returned
+    z = _axes.align_varying(x, *arrays)[0].astype(dtype)
+    closed, returned = _axes.trace_activation(activation, z)
 
     def converted(z: jax.Array, *closed_over: jax.Array) -> jax.Array:
         (y,) = eval_jaxpr(closed.jaxpr, closed_over, z)
         return y
 
-    return converted, tuple(closed.consts), dtype
+    return converted, tuple(closed.consts), returned
+
+
+_trace_once = functools.lru_cache(_axes.trace_activation)
 
 
 def _is_jaxs_own(f: Any) -> bool:
     """Whether a function stays what it is, so that what was compiled for it may be used again.
 
-    Others may read a variable that has changed since.
+    Others may read a variable that has changed since, or hold arrays, as methods of arrays do.
     """
     module = getattr(f, "__module__", None) or ""
-    return module.partition(".")[0] == "jax" and not isinstance(f, functools.partial)
+    holds_values = isinstance(f, functools.partial) or hasattr(f, "__self__")
+    return module.partition(".")[0] == "jax" and not holds_values
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -103,7 +103,9 @@ def _update(
 
     new_mean = _average(running.mean, mean, running.count, weights)
     new_var = _average(running.var, var, running.count, weights)
-    if guard:  # what is finite may still overflow in the dtype that it is stored in
+    stored = running.mean.dtype, running.var.dtype
+    if guard and (weights is None or stored != (mean.dtype, var.dtype)):
+        # What is finite may overflow in a narrower dtype, and the difference of two in any.
         taken &= jnp.isfinite(new_mean) & jnp.isfinite(new_var)
     updated = RunningStats(
         jnp.where(taken, new_mean, running.mean.astype(new_mean.dtype)),

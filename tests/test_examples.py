@@ -5,11 +5,14 @@ import importlib
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 pytestmark = pytest.mark.standard_jax
@@ -18,6 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NETWORKS = ["plain", "batch norm"]
 HUGE_RATE = 1e9
 BATCH_SIZES = (1, 8, 32)  # fewer than the example, for time
+LOOPS = ["flax_linen", "flax_nnx"]
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +29,15 @@ def examples():
     """The example modules, imported as a script beside them would."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        yield SimpleNamespace(
+        modules = SimpleNamespace(
             digits=importlib.import_module("digits"),
             questions=importlib.import_module("questions"),
+            flax_linen=importlib.import_module("flax_linen"),
+            flax_nnx=importlib.import_module("flax_nnx"),
         )
-    del sys.modules["digits"], sys.modules["questions"]
+        yield modules
+    for name in vars(modules):
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,8 @@ def test_effects_name_the_best_rates(examples):
     [
         ("digits", ["--epochs", "--batch-size", "--learning-rates", "--seeds", "--output"]),
         ("questions", ["--epochs", "--seed"]),
+        ("flax_linen", ["--epochs", "--checkpoint-dir"]),
+        ("flax_nnx", ["--epochs", "--checkpoint-dir"]),
     ],
 )
 def test_help(examples, name, flags, capsys):
@@ -257,3 +267,96 @@ def test_questions_bad_flags(examples, flags, allowed, capsys):
         examples.questions.main(flags)
     assert exit_info.value.code == 2
     assert allowed in unwrapped(capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module", params=LOOPS)
+def loop_run(request, examples, tmp_path_factory):
+    """One run of a training loop: what it printed and saved, and what each test was of."""
+    folder = tmp_path_factory.mktemp("run") / "new" / "folder"
+    module, evaluated = getattr(examples, request.param), []
+    eval_step = module.eval_step
+
+    def recorded(state, *batch):
+        evaluated.append(jax.tree.map(np.array, jax.tree.leaves(state)))
+        return eval_step(state, *batch)
+
+    stdout = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(module, "eval_step", recorded)
+        module.main(["--epochs", "2", "--checkpoint-dir", str(folder)])
+    return SimpleNamespace(folder=folder, stdout=stdout.getvalue(), evaluated=evaluated)
+
+
+def test_loop_accuracies(loop_run):
+    *epochs, restored = loop_run.stdout.splitlines()
+    lines = [re.fullmatch(r"epoch \d: loss (.*), test accuracy (.*) %", line) for line in epochs]
+    (first_loss, _), (last_loss, accuracy) = (line.groups() for line in lines)
+    assert float(first_loss) > 4 * float(last_loss)
+    assert float(accuracy) > 90
+    assert restored == f"from {loop_run.folder / 'digits'}: test accuracy {accuracy} %"
+
+
+def test_loop_restores_what_it_saved(loop_run):
+    first, trained, restored = loop_run.evaluated
+    assert len(trained) >= 17  # 3 kernels, 12 arrays of batch norm, a kernel and a bias
+    for before, saved, after in zip(first, trained, restored, strict=True):
+        assert saved.dtype == after.dtype
+        np.testing.assert_array_equal(after, saved)
+        assert (before != saved).any()
+
+
+def saved_step(folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.restore(folder / "digits")
+    return saved["optimizer"]["step"]["value"] if "optimizer" in saved else saved["step"]
+
+
+def test_loop_checkpoint_is_whole(loop_run):
+    assert [path.name for path in loop_run.folder.iterdir()] == ["digits"]
+    assert saved_step(loop_run.folder) == 2 * (1347 // 64)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_replaces_its_checkpoint_alone(examples, name, tmp_path):
+    (tmp_path / "notes").write_text("kept")
+    for epochs in (2, 1):
+        getattr(examples, name).main(["--epochs", f"{epochs}", "--checkpoint-dir", str(tmp_path)])
+        assert saved_step(tmp_path) == epochs * (1347 // 64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "notes"]
+    assert (tmp_path / "notes").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        (["--epochs", "0"], "--epochs must be 1 or more, not 0"),
+        (["--epochs", "-2"], "--epochs must be 1 or more, not -2"),
+        (["--epochs", "two"], "invalid int value: 'two'"),
+    ],
+)
+def test_loop_bad_flags(examples, name, flags, allowed, tmp_path, monkeypatch, capsys):
+    module = getattr(examples, name)
+    monkeypatch.setattr(module, "load_digits", None)  # calling it would be a TypeError
+    folder = tmp_path / "out"
+    with pytest.raises(SystemExit) as exit_info:
+        module.main([*flags, "--checkpoint-dir", str(folder)])
+    assert exit_info.value.code == 2
+    assert allowed in unwrapped(capsys.readouterr().err)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_folder_that_cannot_be(examples, name, tmp_path, monkeypatch, capsys):
+    module = getattr(examples, name)
+    monkeypatch.setattr(module, "load_digits", None)
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    for folder in (taken, taken / "below"):
+        with pytest.raises(SystemExit) as exit_info:
+            module.main(["--checkpoint-dir", str(folder)])
+        assert exit_info.value.code == 2
+        error = unwrapped(capsys.readouterr().err)
+        assert "--checkpoint-dir must be a folder that can be created and written" in error
+    assert list(tmp_path.iterdir()) == [taken]
+    assert taken.read_text() == "a file"
