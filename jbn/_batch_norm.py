@@ -260,10 +260,12 @@ def _batch_norm(spec: _Spec, args: _Arrays, batch: Batch) -> tuple[jax.Array, Mo
     x_carrier = _moments.carrier(x)
     stats = _moments.statistics(x_carrier, x, mask, spec.axes, batch, spec.custom_vjp)
     moments = stats.moments()
-    if mask is None and not batch.axis_names and spec.axes.reduced_size(x.shape) == 1:
+    n = spec.axes.reduced_size(x.shape)
+    if mask is None and not batch.axis_names and n == 1:
         # One element is its own mean. That y does not depend on it is known, not left to rounding.
         x_carrier, stats = lax.stop_gradient((x_carrier, stats))
-    rstd = _rstd(stats.var, args.epsilon, empty=stats.count == 0)
+    empty = stats.count == 0 if mask is not None or n == 0 else None  # None: it cannot be
+    rstd = _rstd(stats.var, args.epsilon, empty)
     args = args._replace(x=x, residual=residual)
     return _normalize(spec, args, x_carrier, stats.shift, stats.offset, rstd), moments
 
@@ -276,10 +278,10 @@ def _batch_norm_inference(spec: _Spec, args: _Arrays) -> jax.Array:
     return _normalize(spec, args, _moments.carrier(args.x), mean, None, _rstd(var, args.epsilon))
 
 
-def _rstd(var: jax.Array, epsilon: Any, empty: Any = False) -> jax.Array:
+def _rstd(var: jax.Array, epsilon: Any, empty: jax.Array | None = None) -> jax.Array:
     """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
     v = var + jnp.asarray(epsilon, var.dtype)
-    return _rsqrt(jnp.where(empty, jnp.inf, v))
+    return _rsqrt(v if empty is None else jnp.where(empty, jnp.inf, v))
 
 
 @jax.custom_jvp
@@ -326,7 +328,8 @@ def _normalize(
     carriers, operands = _Carriers(*aligned[:2]), _Operands(*aligned[2:])
     if spec.custom_vjp:
         return _affine(spec, carriers, operands, args.closed_over)
-    return _affine_plain(spec, operands._replace(**carriers._asdict()), args.closed_over)
+    operands = _once(operands._replace(**carriers._asdict()))
+    return _affine_plain(spec, operands, args.closed_over)
 
 
 # The normalisation, with c = x - mean, f = scale * rstd and sums over all N elements of a feature,
@@ -409,7 +412,6 @@ def _once(a: _Operands) -> _Operands:
 
 
 def _affine_plain(spec: _Spec, a: _Operands, closed_over: tuple[jax.Array, ...]) -> jax.Array:
-    a = _once(a)
     return _activate(spec, _preactivation(spec, a, _centre(spec, a)), *closed_over)
 
 
@@ -417,26 +419,25 @@ def _affine_plain(spec: _Spec, a: _Operands, closed_over: tuple[jax.Array, ...])
 def _affine(
     spec: _Spec, carriers: _Carriers, a: _Operands, closed_over: tuple[jax.Array, ...]
 ) -> jax.Array:
-    del carriers
-    return _affine_plain(spec, a, closed_over)
+    y, _ = _affine_fwd(spec, carriers, a, closed_over)
+    return y
 
 
 def _affine_fwd(spec, carriers, a, closed_over):
     del carriers
+    a = _once(a)
     y = _affine_plain(spec, a, closed_over)
     return y, (a if spec.activation else a._replace(residual=None), closed_over)
 
 
 def _affine_bwd(spec, kept, dy):
     a, closed_over = kept
-    return _lowering.by_platform(
-        _once(a),
-        closed_over,
-        dy,
-        cpu=functools.partial(_affine_bwd_cpu, spec),
-        gpu=functools.partial(_affine_bwd_gpu, spec),
-        default=functools.partial(_affine_bwd_plain, spec),
+    plain, gpu, cpu = (
+        functools.partial(bwd, spec)
+        for bwd in (_affine_bwd_plain, _affine_bwd_gpu, _affine_bwd_cpu)
     )
+    cpu = plain if _lowering.is_small(a.x) else cpu
+    return _lowering.by_platform(a, closed_over, dy, cpu=cpu, gpu=gpu, default=plain)
 
 
 _affine.defvjp(_affine_fwd, _affine_bwd)

@@ -19,8 +19,6 @@ _SAMPLE_STRIDE = 64
 _SAMPLE_MIN = 16
 # How large |mean|^2 / var may be for one float32 to hold the mean as well as two.
 _NEAR_ZERO = 64
-# Elements of x up to which another sum costs less than the question whether it is needed.
-_SMALL = 1 << 16
 
 
 class Moments(NamedTuple):
@@ -222,7 +220,8 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
     if mask is None and axes.can_slice(x):
         sample = functools.partial(_about_sample, axes)
         own_mean = functools.partial(_about_own_mean, axes)
-        shifted = _lowering.by_platform(x, cpu=own_mean, gpu=sample, default=sample)
+        cpu = sample if _lowering.is_small(x) else own_mean
+        shifted = _lowering.by_platform(x, cpu=cpu, gpu=sample, default=sample)
     else:
         shifted = _about_mean(axes, x, mask, count)
     return _finish(shifted, count)
@@ -285,10 +284,10 @@ _local_statistics.defvjp(_local_statistics_fwd, _local_statistics_bwd)
 #     |mean - s|^2 <= (1/k) sum over the k of |x_i - mean|^2 <= (N/k) var.
 #
 # One element in 64 gives at most about 65 roundings, on any data at all; on most it gives about
-# one. On CPU, where the two sums read x one after the other, the first can be the mean itself. If
-# that is within 8 standard deviations of 0, its own rounding (about 2^-22 of it) is no error to
-# speak of, and offset = 0; a third sum for the offset makes it the corrected two-pass algorithm
-# (Chan, Golub and LeVeque, eq. 1.7).
+# one. On CPU, where the two sums read a large x one after the other, the first can be the mean
+# itself. If that is within 8 standard deviations of 0, its own rounding (about 2^-22 of it) is no
+# error to speak of, and offset = 0; a third sum for the offset makes it the corrected two-pass
+# algorithm (Chan, Golub and LeVeque, eq. 1.7).
 
 _Shifted = tuple[jax.Array, jax.Array, jax.Array]  # shift, sum(d) / N, sum(|d|^2) / N
 
@@ -318,8 +317,6 @@ def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
         (x,) = _lowering.apart(x)
         return _mean(axes, x.astype(dtype) - axes.expand(s), n)
 
-    if x.size <= _SMALL:
-        return shift, correct(x, s), mean_square
     exact = (abs2(mean) <= _NEAR_ZERO * mean_square) & jnp.isfinite(mean_square)
     offset = lax.cond(jnp.all(exact), lambda *_: mean - shift, correct, x, s)
     return shift, offset, mean_square
@@ -373,9 +370,9 @@ def _sample_mean(axes: Axes, x: jax.Array) -> jax.Array:
         steps[i] = slice(None, None, step)
         stride //= step
     sample = x[tuple(steps)].astype(_axes.real_dtype(x.dtype))
-    low, high = jnp.min(sample, axes.reduced), jnp.max(sample, axes.reduced)
-    mean = jnp.mean(sample, axes.reduced)
-    return jnp.where(jnp.isfinite(mean), jnp.clip(mean, low, high), low)
+    first = sample[tuple(slice(1) if i in axes.reduced else slice(None) for i in range(x.ndim))]
+    mean = first + jnp.mean(sample - first, axes.reduced, keepdims=True)
+    return lax.squeeze(jnp.where(jnp.isfinite(mean), mean, first), axes.reduced)
 
 
 def _pool(parts: Statistics) -> Statistics:

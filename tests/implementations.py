@@ -87,19 +87,18 @@ def _layer_options(case: Case, args: dict[str, Any]) -> dict[str, Any]:
 def lowered_for(platform: str) -> Iterator[None]:
     """Inside, jbn compiles for the CPU what it would for another platform.
 
-    "gpu"; "default", as for a TPU; "cpu"; "large": as for a CPU and large arrays.
+    "gpu"; "default", as for a TPU; "cpu", as for a CPU and large arrays.
     """
 
     def choose(*args: Any, **branches: Any) -> Any:
-        return branches["cpu" if platform == "large" else platform](*args)
+        return branches[platform](*args)
 
     compiled = (_batch_norm._batch_norm, _batch_norm._batch_norm_inference, _moments._moments)
     for function in compiled:
         function.clear_cache()
-    small = 0 if platform == "large" else _moments._SMALL
     with (
         mock.patch.object(_lowering, "by_platform", choose),
-        mock.patch.object(_moments, "_SMALL", small),
+        mock.patch.object(_lowering, "is_small", return_value=False),
     ):
         yield
     for function in compiled:
@@ -121,7 +120,7 @@ def large(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:
     return autodiff(case, args)
 
 
-LOWERINGS = {gpu: "gpu", tpu: "default", large: "large"}
+LOWERINGS = {gpu: "gpu", tpu: "default", large: "cpu"}
 ALL = (function, autodiff, linen, nnx, gpu, tpu, large)
 
 

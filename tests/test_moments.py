@@ -22,7 +22,7 @@ def normal(n, mean, std, seed=0, channels=4):
     return (np.random.default_rng(seed).normal(size=(n, channels)) * std + mean).astype("float32")
 
 
-@pytest.fixture(params=["cpu", "large", "gpu"])
+@pytest.fixture(params=["default", "cpu", "gpu"])
 def lowering(request):
     with implementations.lowered_for(request.param):
         yield
