@@ -370,9 +370,9 @@ def _sample_mean(axes: Axes, x: jax.Array) -> jax.Array:
         steps[i] = slice(None, None, step)
         stride //= step
     sample = x[tuple(steps)].astype(_axes.real_dtype(x.dtype))
-    first = sample[tuple(slice(1) if i in axes.reduced else slice(None) for i in range(x.ndim))]
-    mean = first + jnp.mean(sample - first, axes.reduced, keepdims=True)
-    return lax.squeeze(jnp.where(jnp.isfinite(mean), mean, first), axes.reduced)
+    mean = jnp.mean(sample, axes.reduced)
+    mean = jnp.where(jnp.isfinite(mean), mean, 0)
+    return jnp.clip(mean, jnp.min(sample, axes.reduced), jnp.max(sample, axes.reduced))
 
 
 def _pool(parts: Statistics) -> Statistics:
