@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -246,11 +247,12 @@ _trace_once = functools.lru_cache(_axes.trace_activation)
 def _is_jaxs_own(f: Any) -> bool:
     """Whether a function stays what it is, so that what was compiled for it may be used again.
 
-    Others may read a variable that has changed since, or hold arrays, as methods of arrays do.
+    That is, whether a module of JAX has it under its name. Others may hold arrays, or read a
+    variable that has changed since.
     """
-    module = getattr(f, "__module__", None) or ""
-    holds_values = isinstance(f, functools.partial) or hasattr(f, "__self__")
-    return module.partition(".")[0] == "jax" and not holds_values
+    module, name = getattr(f, "__module__", None) or "", getattr(f, "__name__", "")
+    is_jax = module.partition(".")[0] == "jax"
+    return is_jax and getattr(sys.modules.get(module), name, None) is f
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -62,7 +62,8 @@ class BatchNorm(nnx.Module):
         use_fast_variance: accepted for compatibility, without effect: jbn's variance is both fast
             and accurate.
         promote_dtype: decides the dtype of the output where `dtype` does not, from the tuple
-            (x, None, None, scale, bias); the None are the statistics, which keep their own.
+            (x, mean, var, scale, bias), in which the statistics have the dtype of `x`: they keep
+            their own.
         rngs: gives the keys of the initializers.
         bias_metadata: of the `Param`, such as its sharding.
         scale_metadata: of the `Param`, such as its sharding.
@@ -211,11 +212,12 @@ class BatchNorm(nnx.Module):
 
     def _output_dtype(self, x: jax.Array, scale: Any, bias: Any) -> Any:
         """The dtype that `promote_dtype` and `dtype` give the output."""
-        arrays = x, None, None, scale, bias
         if self.dtype is None and self.promote_dtype is not dtypes.promote_dtype:
+            stats = jnp.zeros(self.mean.shape, x.dtype)  # in their place, to no effect
+            arrays = x, stats, stats, scale, bias
             promoted = jax.eval_shape(lambda: self.promote_dtype(arrays, dtype=None))
             return jnp.result_type(*(a.dtype for a in promoted if a is not None))
-        return dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
+        return dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
     def _pooled(self, moments: jbn.Moments) -> jbn.Moments:
         """The batch's moments with those handed in, and hands them out, inside `nnx.capture`."""

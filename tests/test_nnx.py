@@ -185,12 +185,17 @@ def test_promote_dtype_decides_the_dtype_alone():
 
     layer = JBN(3, promote_dtype=to_half, use_bias=False, rngs=nnx.Rngs(0))
     y = layer(x)
-    assert seen == [["float64", None, None, "float32", None, None]]
+    assert seen == [["float64", "float64", "float64", "float32", None, None]]
     assert y.dtype == jnp.bfloat16
     exact = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)
     close(np.float64(y), np.float64(exact.astype(jnp.bfloat16)), 2**-8)
     assert JBN(3, promote_dtype=to_half, dtype=jnp.float32, rngs=nnx.Rngs(0))(x).dtype == "float32"
     assert layer.mean[...].dtype == jnp.float32
+    as_flax_calls_it = {
+        "promote_dtype": lambda arrays, dtype: [a.astype("bfloat16") for a in arrays]
+    }
+    for cls in (FLAX, JBN):
+        assert cls(3, rngs=nnx.Rngs(0), **as_flax_calls_it)(x).dtype == jnp.bfloat16
 
 
 def test_complex_input():

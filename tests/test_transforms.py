@@ -513,3 +513,21 @@ def test_parameters_sharded_apart_from_x():
         sharded = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data", "model")))
         y, _ = jbn.batch_norm(sharded, jnp.asarray(scale), jnp.asarray(bias))
     np.testing.assert_allclose(y, jbn.batch_norm(x, scale, bias)[0], atol=1e-12)
+
+
+def test_activation_that_bears_the_name_of_jaxs_own():
+    """`functools.wraps` makes a function look like JAX's; what it closes over is its own."""
+
+    def loss(slope, x):
+        @functools.wraps(jax.nn.relu)
+        def activation(z):
+            return slope * z
+
+        return jnp.sum(jbn.batch_norm(x, activation=activation)[0] ** 3)
+
+    x = jnp.arange(10.0).reshape(5, 2) ** 2
+    for slope in (jnp.array(1.5), jnp.array(2.0)):
+        for value in (loss(slope, x), jax.jit(loss)(slope, x)):
+            np.testing.assert_allclose(value, slope**3 * loss(jnp.array(1.0), x), rtol=1e-12)
+        grad = jax.grad(loss)(slope, x)
+        np.testing.assert_allclose(grad, 3 * slope**2 * loss(jnp.array(1.0), x), rtol=1e-12)
