@@ -1,9 +1,6 @@
-"""A training loop with `jbn.linen.BatchNorm` to copy from; `flax_nnx.py` is its twin in NNX.
+"""Training on digits with `jbn.linen.BatchNorm`, saved and restored; `flax_nnx.py` is its twin.
 
-A small network learns scikit-learn's bundled digits, is saved with its `batch_stats` and restored.
-
-    pip install -e ".[examples]"
-    python examples/flax_linen.py
+Run it by `pip install -e ".[examples]" && python examples/flax_linen.py`.
 """
 
 import argparse
@@ -78,12 +75,14 @@ def eval_step(state: TrainState, images: jax.Array, labels: jax.Array) -> jax.Ar
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags, checked; the checkpoint's folder is there and can be written afterwards."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--epochs", type=int, default=10, help="passes over the training images")
-    add("--checkpoint-dir", type=Path, default="results/flax_linen", help="folder to save to")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images")
+    parser.add_argument("--checkpoint-dir", type=Path, default="results/flax_linen", help="folder")
     args = parser.parse_args(argv)
     if args.epochs < 1:
         parser.error(f"--epochs must be 1 or more, not {args.epochs}")
+    args.path = args.checkpoint_dir.absolute() / "digits"  # relative, Orbax would refuse it
+    if args.path.exists() and not (args.path / "_CHECKPOINT_METADATA").exists():
+        parser.error(f"--checkpoint-dir: {args.path} is there and no checkpoint; choose another")
     try:
         args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.checkpoint_dir).close()
@@ -107,12 +106,13 @@ def main(argv: list[str] | None = None) -> None:
         accuracy = eval_step(state, images[test], labels[test])
         tqdm.write(f"epoch {epoch}: loss {np.mean(losses):.3f}, test accuracy {accuracy:.1f} %")
 
-    path = args.checkpoint_dir.absolute() / "digits"  # relative, Orbax would refuse it
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, state, force=True)  # atomic, in the background
+        checkpointer.save(args.path, state, force=True)  # atomic, in the background
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(path, init_state(seed=1))
-    print(f"from {path}: test accuracy {eval_step(restored, images[test], labels[test]):.1f} %")
+        restored = checkpointer.restore(args.path, init_state(seed=1))
+    print(
+        f"from {args.path}: test accuracy {eval_step(restored, images[test], labels[test]):.1f} %"
+    )
 
 
 if __name__ == "__main__":

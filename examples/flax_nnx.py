@@ -2,8 +2,7 @@
 
 A small network learns scikit-learn's bundled digits, is saved with its `BatchStat`s and restored.
 
-    pip install -e ".[examples]"
-    python examples/flax_nnx.py
+    pip install -e ".[examples]" && python examples/flax_nnx.py
 """
 
 import argparse
@@ -75,12 +74,14 @@ def eval_step(model: ConvNet, images: jax.Array, labels: jax.Array) -> jax.Array
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags, checked; the checkpoint's folder is there and can be written afterwards."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--epochs", type=int, default=10, help="passes over the training images")
-    add("--checkpoint-dir", type=Path, default="results/flax_nnx", help="folder to save to")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images")
+    parser.add_argument("--checkpoint-dir", type=Path, default="results/flax_nnx", help="folder")
     args = parser.parse_args(argv)
     if args.epochs < 1:
         parser.error(f"--epochs must be 1 or more, not {args.epochs}")
+    args.path = args.checkpoint_dir.absolute() / "digits"  # relative, Orbax would refuse it
+    if args.path.exists() and not (args.path / "_CHECKPOINT_METADATA").exists():
+        parser.error(f"--checkpoint-dir: {args.path} is there and no checkpoint; choose another")
     try:
         args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.checkpoint_dir).close()
@@ -104,14 +105,13 @@ def main(argv: list[str] | None = None) -> None:
         accuracy = eval_step(model, images[test], labels[test])
         tqdm.write(f"epoch {epoch}: loss {np.mean(losses):.3f}, test accuracy {accuracy:.1f} %")
 
-    path = args.checkpoint_dir.absolute() / "digits"  # relative, Orbax would refuse it
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, nnx.state(state), force=True)  # atomic, in the background
+        checkpointer.save(args.path, nnx.state(state), force=True)  # atomic, in the background
         checkpointer.wait_until_finished()
         restored = init_state(seed=1)
-        nnx.update(restored, checkpointer.restore(path, nnx.state(restored)))
+        nnx.update(restored, checkpointer.restore(args.path, nnx.state(restored)))
     accuracy = eval_step(restored["model"], images[test], labels[test])
-    print(f"from {path}: test accuracy {accuracy:.1f} %")
+    print(f"from {args.path}: test accuracy {accuracy:.1f} %")
 
 
 if __name__ == "__main__":

@@ -308,3 +308,11 @@ def align_varying(*arrays: jax.Array | None) -> tuple[Any, ...]:
         return jax.lax.pcast(a, missing, to="varying") if missing else a
 
     return tuple(cast(a) for a in arrays)
+
+
+def shard_like(v: jax.Array, like: jax.Array) -> jax.Array:
+    """Gives `v` the sharding of `like`, where a mesh of Explicit axes makes it part of the type."""
+    given, sharding = jax.typeof(v).sharding, jax.typeof(like).sharding
+    if given.mesh.empty or given.spec == sharding.spec:
+        return v
+    return jax.sharding.reshard(v, jax.NamedSharding(given.mesh, sharding.spec))

@@ -1,6 +1,6 @@
 """What the Flax layers share: a call, given the layer's hyperparameters, parameters and state."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -64,7 +64,7 @@ def normalize(
             raise ValueError(
                 f"the running {name} must have the shape of the feature axes of x = "
                 f"{_axes.describe(x)}, {expected}, got {_axes.describe(value)}: "
-                "was the layer made, or its checkpoint saved, for inputs of another width?"
+                "was the layer made (num_features), or its checkpoint saved, for another width?"
             )
     options: dict[str, Any] = {
         **params,
@@ -91,11 +91,17 @@ def updated_stats(layer: Hyperparameters, stats: Arrays, moments: jbn.Moments) -
     return {name: getattr(running, name) for name in stats}
 
 
-def mask_of(params: Any, layers: Collection[tuple[Any, ...]]) -> Any:
-    """The tree of `params` with True for what lies at or below one of the paths of `layers`."""
+def mask_of(params: Any, stats: Any) -> Any:
+    """The tree of `params` with True for a scale and bias beside a mean and var in `stats`."""
+    found = {_names(path) for path, _ in jax.tree.leaves_with_path(stats)}
 
-    def is_below(path: tuple[Any, ...], _: Any) -> bool:
-        names = tuple(getattr(key, "key", key) for key in path)
-        return any(names[: len(layer)] == layer for layer in layers)
+    def is_batch_norm(path: tuple[Any, ...], _: Any) -> bool:
+        *layer, name = _names(path)
+        return name in ("scale", "bias") and {(*layer, "mean"), (*layer, "var")} <= found
 
-    return jax.tree.map_with_path(is_below, params)
+    return jax.tree.map_with_path(is_batch_norm, params)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Names along a path in a tree, without what lies inside a box of metadata."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))

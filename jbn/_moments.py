@@ -74,8 +74,8 @@ def moments(
 
     in one shifted pass over `x` (two under a mask), whose relative error in var is at most about
     65 float32 roundings whatever the data are (Chan, Golub and LeVeque 1983, "Algorithms for
-    computing the sample variance", section 3, shifted data). Differentiable in reverse mode, the
-    weights too.
+    computing the sample variance", section 3, shifted data). Differentiable in reverse mode, in
+    floating weights too; a weight of 0 gets the gradient 0.
 
     Args:
         x: [..., C] floating or complex, any rank from 1.
@@ -208,10 +208,9 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
     if mask is None:
         count = jnp.broadcast_to(jnp.asarray(n, real), shape)
     else:
-        if jnp.issubdtype(mask.dtype, jnp.floating):
-            mask = _of_weight(mask, mask.astype(real))
-        # What can be is summed as integers: float32 stops counting at 2^24.
-        exact = real if mask.dtype == real else np.dtype(np.int32)
+        exact = np.dtype(np.int32)  # float32 stops counting at 2^24
+        if mask.dtype != jnp.bool_:
+            exact, mask = real, _of_weight(mask, mask.astype(real))
         mask = jnp.broadcast_to(mask, x.shape)
         count = jnp.sum(mask, axes.reduced, dtype=exact).astype(real)
     if n == 0:
@@ -262,15 +261,17 @@ def _local_statistics_bwd(axes, kept, g):
     constant, slope = times(1 / n, g.offset), 2 * g.var / n
     features = _lowering.once(shift, offset, constant, slope)
     shift, offset, constant, slope = map(axes.expand, features)
-    centred = (x.astype(shift.dtype) - shift) - offset
-    dx = constant + times(slope, jnp.conj(centred))
+    read = x if mask is None else _of_weight(mask, x)
+    centred = (read.astype(shift.dtype) - shift) - offset
+    dx = _weighted(mask, constant + times(slope, jnp.conj(centred)))
+    dx = _axes.shard_like(dx, x)
     if mask is None or not jnp.issubdtype(mask.dtype, jnp.floating):
-        return _weighted(mask, dx), None, None
+        return dx, None, None
     var, g_count = axes.expand(var), axes.expand(g.count)
     dmask = (constant * centred).real + slope / 2 * (abs2(centred) - var) + g_count
     spread = [i for i in range(x.ndim) if mask.shape[i] != x.shape[i]]
     dmask = jnp.sum(_of_weight(mask, dmask), spread, keepdims=True)
-    return _weighted(mask, dx), None, dmask.astype(mask.dtype)
+    return dx, None, _axes.shard_like(dmask.astype(mask.dtype), mask)
 
 
 _local_statistics.defvjp(_local_statistics_fwd, _local_statistics_bwd)

@@ -50,8 +50,9 @@ def update_running_stats(
         running: `RunningStats`, each field [C].
         moments: the batch's `Moments`, each field [C].
         momentum: in [0, 1], or None for the cumulative average.
-        unbiased: average var * count / (count - 1), as torch does, rather than the biased var. One
-            element alone has no unbiased variance and leaves the running one as it was; under the
+        unbiased: average var * count / (count - 1), as torch does, rather than the biased var;
+            weights count as repetitions. Fewer than two elements have no unbiased variance and
+            leave the running one as it was; under the
             cumulative average, which weights mean and var alike, it is not counted as an update.
         guard: whether to leave out batch moments that are empty or not finite.
 
@@ -94,7 +95,7 @@ def _update(
     mean, var, n = moments
     has_var = jnp.ones(n.shape, bool)
     if unbiased:
-        has_var = n > 1
+        has_var = n >= 2
         var = jnp.where(has_var, var * (n / jnp.where(has_var, n - 1, 1)), 0)
     taken = jnp.ones(n.shape, bool) if weights is not None else has_var
     if guard:  # what is not finite is not even averaged, so that jax.debug_nans stays quiet
@@ -107,9 +108,11 @@ def _update(
     if guard and (weights is None or stored != (mean.dtype, var.dtype)):
         # What is finite may overflow in a narrower dtype, and the difference of two in any.
         taken &= jnp.isfinite(new_mean) & jnp.isfinite(new_var)
+    old_mean = _axes.shard_like(running.mean, new_mean)
+    old_var = _axes.shard_like(running.var, new_var)
     updated = RunningStats(
-        jnp.where(taken, new_mean, running.mean.astype(new_mean.dtype)),
-        jnp.where(taken & has_var, new_var, running.var),
+        jnp.where(taken, new_mean, old_mean.astype(new_mean.dtype)),
+        jnp.where(taken & has_var, new_var, old_var),
         running.count + taken.astype(running.count.dtype),
     )
     return jax.tree.map(lax.stop_gradient, updated)

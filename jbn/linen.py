@@ -28,9 +28,9 @@ class BatchNorm(nn.Module):
     these keep the dtype they are stored in.
 
     If the collection `batch_moments` is named among the mutable ones, the layer puts the batch's
-    `jbn.Moments` there (`init` puts empty ones). Moments that are handed in by it are pooled with
-    the batch's, and the running statistics are updated from them together: so micro-batches count
-    as one batch, see docs/gradient_accumulation.md.
+    `jbn.Moments` there (`init` puts empty ones). Moments that are there already are pooled with the
+    batch's, and the running statistics are updated from them together: so micro-batches count as
+    one batch, see docs/gradient_accumulation.md.
 
     Attributes:
         use_running_average: whether to normalize by `batch_stats` rather than by the batch. Given
@@ -61,8 +61,9 @@ class BatchNorm(nn.Module):
         var_init: initializer of the running variance, called without a key.
 
     Under `nn.scan` over layers the statistics are stacked, `variable_axes={"batch_stats": 0}`, as
-    under `nn.vmap` for an ensemble. Where one layer normalizes over the mapped axis, share them
-    instead, and name the axes in the layer too, all of them if `nn.vmap` is nested:
+    under `nn.vmap` for an ensemble, and so are `batch_moments` if they are asked for. Where one
+    layer normalizes over the mapped axis, share them instead, and name the axes in the layer too,
+    all of them if `nn.vmap` is nested:
     `nn.vmap(..., variable_axes={"params": None, "batch_stats": None}, axis_name="batch")` with
     `BatchNorm(axis_name="batch")`. Under `nn.scan` over time the statistics are carried from step
     to step in training and broadcast at inference, where nothing may be carried; what is carried
@@ -239,8 +240,8 @@ class BatchNorm(nn.Module):
 def batch_norm_mask(variables: Mapping[str, Any]) -> Any:
     """Which parameters are those of batch norm: for optimizers that treat them apart.
 
-    A layer is known by its running statistics: parameters at a path where `batch_stats` has a mean
-    and a var are its scale and bias, be it jbn's layer or Flax's.
+    A layer is known by its running statistics: the scale and bias at a path where `batch_stats` has
+    a mean and a var are its own, be it jbn's layer or Flax's.
 
     Args:
         variables: the model's, with the collections `params` and `batch_stats`.
@@ -266,12 +267,8 @@ def batch_norm_mask(variables: Mapping[str, Any]) -> Any:
     for name in ("params", "batch_stats"):
         if name not in variables:
             raise ValueError(
-                f"variables must have the collections params and batch_stats, got "
-                f"{', '.join(variables) or 'none'}: pass what the model's init returns."
+                "variables must have the collections params and batch_stats, got "
+                f"{', '.join(variables) or 'none'}: pass what the model's init returns, and "
+                "batch_stats={} for a model without batch norm."
             )
-    stats = jax.tree.leaves_with_path(
-        variables["batch_stats"], is_leaf=lambda v: isinstance(v, nn.meta.AxisMetadata)
-    )
-    names = {tuple(getattr(key, "key", key) for key in path) for path, _ in stats}
-    layers = {path[:-1] for path in names if {(*path[:-1], "mean"), (*path[:-1], "var")} <= names}
-    return _layer.mask_of(variables["params"], layers)
+    return _layer.mask_of(variables["params"], variables["batch_stats"])

@@ -73,7 +73,8 @@ class BatchNorm(nnx.Module):
         custom_vjp: False leaves the backward pass to JAX, which adds forward mode (`jax.jvp`).
         update_running_average: False leaves the running statistics as they are while the batch
             normalizes. `nnx.view` and the call can change it.
-        mean_init: initializer of the running mean, called without a key.
+        mean_init: initializer of the running mean, called without a key. For complex `x` the mean
+            turns complex with the first update, unless it starts so.
         var_init: initializer of the running variance, called without a key.
 
     Raises:
@@ -251,8 +252,11 @@ class BatchNorm(nnx.Module):
 def batch_norm_mask(model: nnx.Module, wrt: nnx.filterlib.Filter = nnx.Param) -> Any:
     """Which parameters are those of batch norm: for optimizers that treat them apart.
 
+    A layer is known by its running statistics: the scale and bias beside a `BatchStat` mean and var
+    are its own, be it jbn's layer, Flax's or one of Linen under `nnx.bridge.ToNNX`.
+
     Args:
-        model: with any number of `BatchNorm` layers, jbn's or Flax's.
+        model: with any number of layers of batch norm.
         wrt: the variables that are optimized, as for `nnx.Optimizer`.
 
     Returns:
@@ -268,12 +272,8 @@ def batch_norm_mask(model: nnx.Module, wrt: nnx.filterlib.Filter = nnx.Param) ->
         >>> decayed = jax.tree.map(lambda is_batch_norm: not is_batch_norm, mask)
         >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3, mask=decayed), wrt=nnx.Param)
     """
-    layers = [
-        path
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, BatchNorm | nnx.BatchNorm)
-    ]
-    return _layer.mask_of(nnx.as_pure(nnx.state(model, wrt)), layers)
+    params, stats = (nnx.as_pure(nnx.state(model, kind)) for kind in (wrt, nnx.BatchStat))
+    return _layer.mask_of(params, stats)
 
 
 def _check_num_features(num_features: Any, axis: Any) -> tuple[int, ...]:

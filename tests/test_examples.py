@@ -347,6 +347,19 @@ def test_loop_bad_flags(examples, name, flags, allowed, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", LOOPS)
+def test_loop_leaves_what_is_no_checkpoint(examples, name, tmp_path, monkeypatch, capsys):
+    module = getattr(examples, name)
+    monkeypatch.setattr(module, "load_digits", None)
+    mine = tmp_path / "digits" / "mine.csv"
+    mine.parent.mkdir()
+    mine.write_text("data")
+    with pytest.raises(SystemExit):
+        module.main(["--checkpoint-dir", str(tmp_path)])
+    assert "is there and no checkpoint" in unwrapped(capsys.readouterr().err)
+    assert mine.read_text() == "data"
+
+
+@pytest.mark.parametrize("name", LOOPS)
 def test_loop_folder_that_cannot_be(examples, name, tmp_path, monkeypatch, capsys):
     module = getattr(examples, name)
     monkeypatch.setattr(module, "load_digits", None)

@@ -395,3 +395,24 @@ def test_nnx_arguments_that_do_not_fit():
         make(4)(BATCHES[0])
     with pytest.raises(ValueError, match="use_running_average is given neither"):
         make(3, use_running_average=None)(BATCHES[0])
+
+
+@LAYERS
+@pytest.mark.parametrize("mask", [None, bool, float])
+def test_features_sharded_over_an_explicit_mesh(make, mask):
+    """The statistics start replicated, and come out sharded as the batch is."""
+    mesh = jax.make_mesh((2, 2), ("d", "f"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    x = draw((8, 4))
+    mask = None if mask is None else jnp.arange(8)[:, None].astype(mask)
+    params, stats, call = make(4)
+    expected_y, expected, _ = call(params, stats, x, mask=mask)
+    with jax.set_mesh(mesh):
+        split = jax.sharding.PartitionSpec("d", "f")
+        sharded = jax.device_put(x, jax.NamedSharding(mesh, split))
+        y, after, _ = jax.jit(lambda x: call(params, stats, x, mask=mask))(sharded)
+        if mask is not None:
+            dx = jax.jit(jax.grad(lambda x: jnp.sum(jbn.moments(x, mask=mask).var ** 2)))(sharded)
+            assert jax.typeof(dx).sharding.spec == split
+    assert jax.typeof(after["mean"]).sharding.spec == jax.sharding.PartitionSpec("f")
+    close(np.asarray(y), expected_y)
+    close({k: np.asarray(v) for k, v in after.items()}, expected, 1e-6)

@@ -404,9 +404,19 @@ def test_batch_norm_mask():
         def __call__(self, x):
             return FLAX(False, use_bias=False)(nn.Dense(3)(x))
 
+    class Normalizer(nn.Module):
+        """Statistics of its own, and a layer below them that is not batch norm's."""
+
+        @nn.compact
+        def __call__(self, x):
+            mean = self.variable("batch_stats", "mean", jnp.zeros, 3)
+            var = self.variable("batch_stats", "var", jnp.ones, 3)
+            return nn.LayerNorm()((x - mean.value) / var.value)
+
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
+            x = Normalizer(name="normalizer")(x)
             x = JBN(False, scale_init=nn.with_partitioning(nn.initializers.ones, ("f",)))(x)
             x = nn.LayerNorm(name="layer")(nn.Dense(3, name="dense")(x))
             return Inner(name="rest")(x)
@@ -415,6 +425,7 @@ def test_batch_norm_mask():
     mask = jbn.linen.batch_norm_mask(variables)
     assert nn.unbox(mask) == {
         "BatchNorm_0": {"scale": True, "bias": True},
+        "normalizer": {"LayerNorm_0": {"scale": False, "bias": False}},
         "layer": {"scale": False, "bias": False},
         "dense": {"kernel": False, "bias": False},
         "rest": {"Dense_0": {"kernel": False, "bias": False}, "BatchNorm_0": {"scale": True}},

@@ -438,3 +438,42 @@ def test_gradients_are_stopped():
 
     for g in jax.tree.leaves(jax.grad(f, (0, 1))(running(), batch())):
         np.testing.assert_array_equal(g, 0)
+
+
+def test_integer_weights_do_not_wrap():
+    """Their sum passes 2^31."""
+    x = normal(5000, 5, 1)
+    for mask in (np.full((5000, 1), 2**20, np.int32), np.full((5000, 1), 255, np.uint8)):
+        m = jbn.moments(x, mask=mask)
+        plain = jbn.moments(x)
+        np.testing.assert_allclose(m.mean, plain.mean, rtol=1e-6)
+        np.testing.assert_allclose(m.var, plain.var, rtol=1e-5)
+        np.testing.assert_allclose(m.count, 5000 * float(mask[0, 0]), rtol=1e-6)
+
+
+def test_weights_below_two_elements_have_no_unbiased_variance():
+    """Normalized weights sum to 1, give or take a rounding."""
+    start = jbn.RunningStats(jnp.zeros(1), jnp.ones(1), jnp.zeros(1))
+    for total in (1 - 1e-7, 1 + 1e-7, 1.5):
+        m = jbn.Moments(jnp.ones(1), jnp.full(1, 3.0), jnp.full(1, total))
+        after = jbn.update_running_stats(start, m, momentum=0.5, unbiased=True)
+        np.testing.assert_array_equal(after.var, 1)
+        np.testing.assert_array_equal(after.mean, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [bool, float])
+def test_second_derivative_beside_a_masked_nan(dtype):
+    x, mask = jnp.array([[1.0], [2.0], [4.0], [jnp.nan]]), jnp.array([[1], [1], [1], [0]], dtype)
+
+    def f(x, mask, custom_vjp):
+        moments = jbn.batch_norm(x, mask=mask, custom_vjp=custom_vjp)[1]
+        return jnp.sum(moments.var**2)
+
+    def second(x, mask=None, custom_vjp=True):
+        return jax.grad(lambda x: jnp.sum(jax.grad(f)(x, mask, custom_vjp) ** 2))(x)
+
+    expected = second(x[:3])
+    for custom_vjp in (True, False):
+        actual = second(x, mask, custom_vjp)
+        np.testing.assert_allclose(actual[:3], expected, rtol=1e-12)
+        np.testing.assert_array_equal(actual[3], 0)

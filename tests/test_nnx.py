@@ -291,3 +291,10 @@ def test_batch_norm_mask():
         "scale": True,
         "bias": True,
     }
+    linen = nn.Sequential([nn.Dense(3), jbn.linen.BatchNorm(use_running_average=False)])
+    bridged = bridge.ToNNX(linen, rngs=rngs).lazy_init(draw((4, 2)))
+    mask = nnx.to_pure_dict(jbn.nnx.batch_norm_mask(bridged))
+    assert mask == {
+        "layers_0": {"kernel": False, "bias": False},
+        "layers_1": {"scale": True, "bias": True},
+    }
