@@ -409,7 +409,9 @@ def test_features_sharded_over_an_explicit_mesh(make, mask):
     with jax.set_mesh(mesh):
         split = jax.sharding.PartitionSpec("d", "f")
         sharded = jax.device_put(x, jax.NamedSharding(mesh, split))
-        y, after, _ = jax.jit(lambda x: call(params, stats, x, mask=mask))(sharded)
+        whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        params, stats = jax.device_put((params, stats), whole)
+        y, after, _ = jax.jit(lambda p, s, x: call(p, s, x, mask=mask))(params, stats, sharded)
         if mask is not None:
             dx = jax.jit(jax.grad(lambda x: jnp.sum(jbn.moments(x, mask=mask).var ** 2)))(sharded)
             assert jax.typeof(dx).sharding.spec == split

@@ -411,7 +411,8 @@ def test_batch_norm_mask():
         def __call__(self, x):
             mean = self.variable("batch_stats", "mean", jnp.zeros, 3)
             var = self.variable("batch_stats", "var", jnp.ones, 3)
-            return nn.LayerNorm()((x - mean.value) / var.value)
+            gain = self.param("gain", nn.initializers.ones, (3,))
+            return nn.LayerNorm()(gain * (x - mean.value) / var.value)
 
     class Model(nn.Module):
         @nn.compact
@@ -425,7 +426,7 @@ def test_batch_norm_mask():
     mask = jbn.linen.batch_norm_mask(variables)
     assert nn.unbox(mask) == {
         "BatchNorm_0": {"scale": True, "bias": True},
-        "normalizer": {"LayerNorm_0": {"scale": False, "bias": False}},
+        "normalizer": {"gain": False, "LayerNorm_0": {"scale": False, "bias": False}},
         "layer": {"scale": False, "bias": False},
         "dense": {"kernel": False, "bias": False},
         "rest": {"Dense_0": {"kernel": False, "bias": False}, "BatchNorm_0": {"scale": True}},
