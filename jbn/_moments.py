@@ -257,7 +257,7 @@ def _local_statistics_fwd(axes, x_carrier, x, mask):
 
 def _local_statistics_bwd(axes, kept, g):
     x, mask, (shift, offset, var, count) = kept
-    n = _at_least_one_element(count)
+    n = _divisor(count)
     constant, slope = times(1 / n, g.offset), 2 * g.var / n
     features = _lowering.once(shift, offset, constant, slope)
     shift, offset, constant, slope = map(axes.expand, features)
@@ -325,7 +325,7 @@ def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
 
 def _about_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Array) -> _Shifted:
     """For one more read of x, where a sample will not do: under a mask it might hold nothing."""
-    n = _at_least_one_element(count)
+    n = _divisor(count)
     x = x.astype(_axes.compute_dtype(x.dtype))
     mean = _mean(axes, _weighted(mask, x), n)
     shift = lax.stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
@@ -348,8 +348,8 @@ def _of_weight(mask: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.where(mask.astype(bool), v, jnp.zeros((), v.dtype))
 
 
-def _at_least_one_element(count: jax.Array) -> jax.Array:
-    """The count to divide by."""
+def _divisor(count: jax.Array) -> jax.Array:
+    """The count to divide by: 1 where there is nothing, whose sums are 0."""
     return jnp.where(count > 0, count, 1)
 
 
@@ -385,7 +385,7 @@ def _pool(parts: Statistics) -> Statistics:
     """
     total = functools.partial(jnp.sum, axis=0, keepdims=True)
     count = total(parts.count)
-    weight = parts.count / jnp.where(count > 0, count, 1)
+    weight = parts.count / _divisor(count)
     # An empty set has weight 0, but 0 * inf is NaN: its moments must not count at all.
     part_shift, part_offset, part_var = (
         jnp.where(weight > 0, v, 0) for v in (parts.shift, parts.offset, parts.var)
