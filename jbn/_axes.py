@@ -5,6 +5,7 @@ their shapes and dtypes, are not checked.
 """
 
 import dataclasses
+import itertools
 import math
 import numbers
 import operator
@@ -58,11 +59,12 @@ class Batch:
     """How a batch is split over mapped axes.
 
     Attributes:
-        axis_names: of the mapped axes; none if the batch is whole.
+        exchanges: names of the mapped axes, those together that one collective covers; none if the
+            batch is whole.
         axis_index_groups: indices along the one axis that form a batch of their own.
     """
 
-    axis_names: tuple[Any, ...] = ()
+    exchanges: tuple[tuple[Any, ...], ...] = ()
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -269,8 +271,37 @@ def check_batch(axis_name: Any, axis_index_groups: Any) -> Batch:
                 f"axis_name {name!r} is not bound: call inside jax.vmap or jax.pmap with "
                 f"axis_name={name!r}, or inside jax.shard_map over a mesh with this axis."
             ) from None
-    groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
-    return Batch(names, groups)
+    devices = tuple(name for name in names if name in device_axes())
+    mapped = ((name,) for name in names if name not in devices)  # by vmap, which takes one at once
+    exchanges = (*((devices,) if devices else ()), *mapped)
+    return Batch(exchanges, _check_groups(axis_index_groups, names))
+
+
+def device_axes() -> tuple[Any, ...]:
+    """Names of the mapped axes along which devices lie: those of `shard_map` and `pmap`."""
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _check_groups(groups: Any, names: tuple[Any, ...]) -> tuple[tuple[int, ...], ...] | None:
+    """Checks that the groups divide the one named axis into equal parts."""
+    if groups is None:
+        return None
+    (name,) = names
+    size = jax.lax.axis_size(name)
+    try:
+        checked = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError:
+        raise TypeError(
+            "axis_index_groups must be lists of indices such as [[0, 1], [2, 3]], "
+            f"got {describe(groups)}."
+        ) from None
+    equal = len({len(group) for group in checked}) == 1
+    if not equal or sorted(itertools.chain(*checked)) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups must hold each of the {size} indices of axis {name!r} once, in "
+            f"groups of one size, got {describe(groups)}."
+        )
+    return checked
 
 
 def trace_activation(activation: Any, z: jax.Array) -> tuple[Any, np.dtype]:
@@ -312,7 +343,17 @@ def align_varying(*arrays: jax.Array | None) -> tuple[Any, ...]:
 
 def shard_like(v: jax.Array, like: jax.Array) -> jax.Array:
     """Gives `v` the sharding of `like`, where a mesh of Explicit axes makes it part of the type."""
-    given, sharding = jax.typeof(v).sharding, jax.typeof(like).sharding
-    if given.mesh.empty or given.spec == sharding.spec:
+    return _shard(v, jax.typeof(like).sharding)
+
+
+def shard_features(v: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
+    """Gives a feature array the sharding of the features of `x`, as `shard_like` does."""
+    sharding = jax.typeof(x).sharding
+    spec = jax.P(*(sharding.spec[i] for i in axes.feature))
+    return _shard(v, sharding.update(spec=spec))
+
+
+def _shard(v: jax.Array, sharding: jax.NamedSharding) -> jax.Array:
+    if sharding.mesh.empty or jax.typeof(v).sharding.spec == sharding.spec:
         return v
-    return jax.sharding.reshard(v, jax.NamedSharding(given.mesh, sharding.spec))
+    return jax.sharding.reshard(v, sharding)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import eval_jaxpr
+from jax.lax import stop_gradient  # by name: see _moments.py
 
 from jbn import _axes, _lowering, _moments, _remat
 from jbn._axes import Array, Axes, Batch
@@ -263,9 +264,9 @@ def _batch_norm(spec: _Spec, args: _Arrays, batch: Batch) -> tuple[jax.Array, Mo
     stats = _moments.statistics(x_carrier, x, mask, spec.axes, batch, spec.custom_vjp)
     moments = stats.moments()
     n = spec.axes.reduced_size(x.shape)
-    if mask is None and not batch.axis_names and n == 1:
+    if mask is None and not batch.exchanges and n == 1:
         # One element is its own mean. That y does not depend on it is known, not left to rounding.
-        x_carrier, stats = lax.stop_gradient((x_carrier, stats))
+        x_carrier, stats = stop_gradient((x_carrier, stats))
     empty = stats.count == 0 if mask is not None or n == 0 else None  # None: it cannot be
     rstd = _rstd(stats.var, args.epsilon, empty)
     args = args._replace(x=x, residual=residual)
@@ -314,13 +315,17 @@ def _normalize(
     if scale is not None:  # where rstd is 0 for overflow, the sum of dz (x - mean) may be infinite
         scale = scale.astype(_axes.compute_dtype(width, scale.dtype))
         factor = times(factor, jnp.where(factor == 0, 0, scale))
+
+    def feature(v: jax.Array | None, dtype: np.dtype) -> jax.Array | None:
+        return None if v is None else _axes.shard_features(v.astype(dtype), args.x, spec.axes)
+
     operands = _Operands(
         x=args.x,
         residual=args.residual,
-        shift=shift.astype(spec.centred),
-        offset=None if offset is None else offset.astype(spec.centred),
-        factor=factor,
-        bias=None if bias is None else bias.astype(spec.computed),
+        shift=feature(shift, spec.centred),
+        offset=feature(offset, spec.centred),
+        factor=feature(factor, factor.dtype),
+        bias=feature(bias, spec.computed),
     )
     carriers = _Carriers(
         x=x_carrier.astype(spec.centred),

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.lax import stop_gradient  # by name: chex.assert_numerical_grads patches jax.lax's
 
-from jbn import _axes, _lowering, _remat
+from jbn import _axes, _devices, _lowering, _remat
 from jbn._axes import Array, Axes, Batch
 from jbn._complex import abs2, times
 
@@ -175,10 +176,9 @@ def statistics(
         if custom_vjp
         else _local_statistics_plain(axes, x_carrier, mask)
     )
-    stats = stats._replace(shift=lax.stop_gradient(stats.shift))
-    for name in batch.axis_names:
-        stats = _pool(_remat.tag(_all_gather(stats, name, batch.axis_index_groups)))
-    return stats
+    stats = stats._replace(shift=stop_gradient(stats.shift))
+    weighted = mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
+    return _merge(batch, mask is not None, weighted, stats) if batch.exchanges else stats
 
 
 # The local pass, with d = x - shift, weights w (1 and 0 under a boolean mask), N = sum(w):
@@ -241,17 +241,36 @@ def _finish(shifted: "_Shifted", count: jax.Array) -> Statistics:
     return Statistics(shift, offset, var, count)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sharded_statistics(axes: Axes, x: jax.Array, mask: jax.Array | None) -> Statistics:
+    """`_local_statistics_plain`, in one exchange where `x` is split over devices under jit."""
+    return _devices.over_shards(_merged_statistics, axes, x, mask)
+
+
+@_sharded_statistics.defjvp
+def _sharded_statistics_jvp(axes, primals, tangents):
+    """For second derivatives: those of the plain formulas."""
+    return jax.jvp(functools.partial(_local_statistics_plain, axes), primals, tangents)
+
+
+def _merged_statistics(
+    axes: Axes, batch: Batch, x: jax.Array, mask: jax.Array | None
+) -> Statistics:
+    stats = _local_statistics_plain(axes, x, mask)
+    return _merge(batch, mask is not None, False, stats) if batch.exchanges else stats
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _local_statistics(
     axes: Axes, x_carrier: jax.Array, x: jax.Array, mask: jax.Array | None
 ) -> Statistics:
     del x_carrier
-    return _local_statistics_plain(axes, x, mask)
+    return _sharded_statistics(axes, x, mask)
 
 
 def _local_statistics_fwd(axes, x_carrier, x, mask):
     del x_carrier
-    stats: Statistics = _remat.tag(_local_statistics_plain(axes, x, mask))
+    stats: Statistics = _remat.tag(_sharded_statistics(axes, x, mask))
     return stats, (x, mask, stats)
 
 
@@ -295,7 +314,7 @@ _Shifted = tuple[jax.Array, jax.Array, jax.Array]  # shift, sum(d) / N, sum(|d|^
 
 def _about_sample(axes: Axes, x: jax.Array) -> _Shifted:
     """For one read of x and a bit: both sums in one kernel."""
-    shift = lax.stop_gradient(_sample_mean(axes, x))
+    shift = stop_gradient(_sample_mean(axes, x))
     n = axes.reduced_size(x.shape)
     d = x.astype(shift.dtype) - axes.expand(shift)
     return shift, _mean(axes, d, n), _mean(axes, abs2(d), n)
@@ -309,7 +328,7 @@ def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
     mean = _mean(axes, x.astype(dtype), n)
     # For a constant, the mean itself, unrounded; and for what the sum overflows, a number.
     differs = jnp.abs(mean - near) > 2**-20 * jnp.abs(mean)
-    shift = lax.stop_gradient(jnp.where(differs, mean, near))
+    shift = stop_gradient(jnp.where(differs, mean, near))
     # One barrier each: under one, JAX gives the constant shift a tangent, of zeros.
     (x,), (s,) = _lowering.apart(x), _lowering.apart(shift)
     mean_square = _mean(axes, abs2(x.astype(dtype) - axes.expand(s)), n)
@@ -328,7 +347,7 @@ def _about_mean(axes: Axes, x: jax.Array, mask: jax.Array | None, count: jax.Arr
     n = _divisor(count)
     x = x.astype(_axes.compute_dtype(x.dtype))
     mean = _mean(axes, _weighted(mask, x), n)
-    shift = lax.stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
+    shift = stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
     d = x - axes.expand(shift)
     if mask is not None:
         d = _of_weight(mask, d)  # before it is squared, and may overflow
@@ -390,7 +409,7 @@ def _pool(parts: Statistics) -> Statistics:
     part_shift, part_offset, part_var = (
         jnp.where(weight > 0, v, 0) for v in (parts.shift, parts.offset, parts.var)
     )
-    shift = lax.stop_gradient(total(times(weight, part_shift)))
+    shift = stop_gradient(total(times(weight, part_shift)))
     relative = (part_shift - shift) + part_offset
     offset = total(times(weight, relative))
     deviation = jnp.where(weight > 0, relative - offset, 0)
@@ -398,29 +417,61 @@ def _pool(parts: Statistics) -> Statistics:
     return Statistics(*(lax.squeeze(v, (0,)) for v in (shift, offset, var, count)))
 
 
-def _all_gather(stats: Statistics, axis_name: Any, axis_index_groups: Any) -> Statistics:
-    """Stacks the statistics of all devices along a new first axis, in one collective.
+# The merge over devices. With n the counts, m the means and v the variances of the devices, each a
+# function of what that device holds,
+#
+#     N = sum(n)        offset = sum(n m) / N        var = sum(n (v + |m - offset|^2)) / N
+#
+# and since sum(n (m - offset)) = 0,
+#
+#     d offset = sum(n dm + dn (m - offset)) / N
+#     d var = sum(n (dv + 2 Re(conj(m - offset) dm)) + dn (v + |m - offset|^2 - var)) / N
+#
+# in which each device has its own term. So derivatives take one sum of O(C) numbers, where the
+# transpose of the all-gather would sum those of all devices, to give each its own.
 
-    Inside `jax.shard_map` with its replication check the result counts as replicated.
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _merge(batch: Batch, counted: bool, weighted: bool, stats: Statistics) -> Statistics:
+    """Merges the statistics of all devices.
+
+    Args:
+        batch: over which mapped axes.
+        counted: whether counts may differ, as under a mask.
+        weighted: whether counts have derivatives, those of the weights of a mask.
+        stats: this device's own.
     """
-    rows = []
-    for v in stats:
-        rows += [v.real, v.imag] if jnp.iscomplexobj(v) else [v]
-    stacked = jnp.stack(rows)
-    varies = axis_name in jax.typeof(stacked).manual_axis_type.varying
-    gathered = lax.all_gather(
-        stacked,
-        axis_name,
-        axis_index_groups=axis_index_groups,
-        to="invarying" if varies and axis_index_groups is None else "varying",
-    )
-    columns = iter(jnp.moveaxis(gathered, 1, 0))
-    return Statistics(
-        *(
-            lax.complex(next(columns), next(columns)) if jnp.iscomplexobj(v) else next(columns)
-            for v in stats
+    for names in batch.exchanges:
+        sent = [*stats] if counted else [*stats[:3]]
+        parts = _devices.gather(sent, names, batch.axis_index_groups)
+        if not counted:
+            parts.append(jnp.broadcast_to(stats.count, (len(parts[0]), *stats.count.shape)))
+        stats = _pool(_remat.tag(Statistics(*parts)))
+    return stats
+
+
+@_merge.defjvp
+def _merge_jvp(batch, counted, weighted, primals, tangents):
+    (own,), (d,) = primals, tangents
+    merged = _merge(batch, counted, weighted, own)
+    n = _divisor(merged.count)
+    weight = own.count / n
+    centred = (own.shift - merged.shift) + (own.offset - merged.offset)
+    centred = jnp.where(weight > 0, centred, 0)
+    d_offset = times(weight, d.offset)
+    d_var = weight * (d.var + 2 * times(jnp.conj(centred), d.offset).real)
+    terms = d_offset, d_var
+    if weighted:
+        d_weight = d.count / n
+        terms = (
+            d_offset + times(d_weight, centred),
+            d_var + d_weight * (own.var + abs2(centred) - merged.var),
+            d.count,
         )
-    )
+    d_offset, d_var, *d_count = _devices.total(terms, batch)
+    zeros = jax.tree.map(jnp.zeros_like, merged)
+    tangent = zeros._replace(offset=d_offset, var=d_var)
+    return merged, tangent._replace(count=d_count[0]) if weighted else tangent
 
 
 def check_fields(name: str, value: Any, kind: type) -> Any:

@@ -1,0 +1,215 @@
+"""A batch that is split over devices: each computes what it holds, then one exchange.
+
+The devices are the indices of named axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`), or those that
+hold the parts of a sharded array under `jax.jit`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jbn import _lowering
+from jbn._axes import Axes, Batch, device_axes
+
+Arrays = TypeVar("Arrays", bound=Sequence[jax.Array])
+# Statistics of one device's part of x, merged over the batch it is told of.
+Local = Callable[[Axes, Batch, jax.Array, jax.Array | None], Any]
+
+
+def gather(values: Arrays, names: Sequence[Any], groups: Any) -> Arrays:
+    """Stacks feature arrays of all devices along a new first axis, in one collective.
+
+    Inside `jax.shard_map` with its replication check the result counts as replicated.
+    """
+    name = names[0] if len(names) == 1 else tuple(names)
+
+    def collect(rows: jax.Array) -> jax.Array:
+        if groups is None:
+            to = "invarying" if _varies(rows, names) else "varying"
+            return lax.all_gather(rows, name, to=to)
+        if name in device_axes():
+            return lax.all_gather(rows, name, axis_index_groups=groups)
+        # vmap has no groups: of all, which are at hand anyway, take those of the own group.
+        members = np.empty((len(groups) * len(groups[0]), len(groups[0])), np.int32)
+        for group in groups:
+            members[list(group)] = group
+        return lax.all_gather(rows, name)[jnp.asarray(members)[lax.axis_index(name)]]
+
+    return _as_rows(lambda rows: jnp.moveaxis(collect(rows), 1, 0), values)
+
+
+def total(values: Arrays, batch: Batch) -> Arrays:
+    """Sums feature arrays over the devices of a batch, in one collective."""
+    names = tuple(itertools.chain(*batch.exchanges))
+    groups = batch.axis_index_groups
+    # With groups there is no psum under vmap, nor inside shard_map with its replication check.
+    if groups is None or (names[0] in device_axes() and not _varies(values[0], names)):
+        return _as_rows(lambda rows: lax.psum(rows, names, axis_index_groups=groups), values)
+    return _like(values, [jnp.sum(v, 0) for v in gather(values, names, groups)])
+
+
+def _varies(v: jax.Array, names: Sequence[Any]) -> bool:
+    """Whether `v` is known to differ along all of these axes."""
+    return set(names) <= jax.typeof(v).manual_axis_type.varying
+
+
+def _as_rows(f: Callable[[jax.Array], jax.Array], values: Arrays) -> Arrays:
+    """Applies f to the values as the rows of one real array, of which it keeps the first axis."""
+    parts = ([v.real, v.imag] if jnp.iscomplexobj(v) else [v] for v in values)
+    rows = iter(f(jnp.stack(list(itertools.chain(*parts)))))
+    return _like(
+        values,
+        [
+            lax.complex(next(rows), next(rows)) if jnp.iscomplexobj(v) else next(rows)
+            for v in values
+        ],
+    )
+
+
+def _like(values: Arrays, new: list[jax.Array]) -> Arrays:
+    """The new values in the structure of the old."""
+    return jax.tree.unflatten(jax.tree.structure(values), new)
+
+
+# Under jit with sharded arrays there is no name to give. XLA then splits every operation by itself:
+# the shift has to be shared before the sums about it can begin, and the few rows that it is the
+# mean of travel between the devices, five collectives or more. Told how to split the computation
+# as a whole, it takes one: each device takes the statistics of what it holds, about a shift of its
+# own, and all are merged.
+
+
+def over_shards(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
+    """`local` of what each device holds of `x`, merged over those that share the features."""
+    if device_axes():  # x is a part already
+        return local(axes, Batch(), x, mask)
+    sharding = jax.typeof(x).sharding
+    names = _names(axes.reduced, sharding.spec)
+    if names:  # over Explicit mesh axes, which are part of the type
+        return _map_shards(local, axes, sharding, x, mask)
+
+    def partitioned(x: jax.Array, mask: jax.Array | None) -> Any:
+        return _partitioned(local, axes, x, mask)
+
+    def whole(x: jax.Array, mask: jax.Array | None) -> Any:
+        return local(axes, Batch(), x, mask)
+
+    # JAX has no custom partitioning for TPUs (jax issue 38196).
+    return _lowering.by_platform(x, mask, cpu=partitioned, gpu=partitioned, default=whole)
+
+
+def _map_shards(
+    local: Local, axes: Axes, sharding: NamedSharding, x: jax.Array, mask: jax.Array | None
+) -> Any:
+    """Over the mesh axes that the type of `x` names."""
+    mesh, spec = sharding.mesh, sharding.spec
+    batch = Batch((_names(axes.reduced, spec),))
+    operands, specs = [x], [spec]
+    if mask is not None:
+        specs.append(_mask_spec(spec, x.shape, mask.shape))
+        operands.append(jax.sharding.reshard(mask, NamedSharding(mesh, specs[1])))
+    return jax.shard_map(
+        lambda x, mask=None: local(axes, batch, x, mask),
+        mesh=mesh,
+        in_specs=tuple(specs),
+        out_specs=_feature_spec(axes, spec),
+        axis_names=set(mesh.explicit_axes),
+    )(*operands)
+
+
+def _partitioned(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
+    """Over the mesh axes that XLA splits `x` by, known when it compiles."""
+
+    @custom_vmap
+    def call(x: jax.Array, mask: jax.Array | None) -> Any:
+        return _by_shard(local, axes, x, mask)
+
+    @call.def_vmap
+    def _(size: int, batched: Any, x: jax.Array, mask: jax.Array | None) -> tuple[Any, Any]:
+        x = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
+        if mask is not None and not batched[1]:
+            mask = mask[None]
+        # The mapped axis is one more feature axis, before all others.
+        mapped = Axes((0, *(i + 1 for i in axes.feature)), tuple(i + 1 for i in axes.reduced))
+        out = _partitioned(local, mapped, x, mask)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(x, mask)
+
+
+@custom_partitioning
+def _by_shard(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
+    return local(axes, Batch(), x, mask)
+
+
+_by_shard.static_argnums = (0, 1)
+
+
+def _partition(local, axes, mesh, args, results):
+    x, mask = args
+    spec = PartitionSpec(
+        *(s if _fits(n, s, mesh) else None for n, s in zip(x.shape, x.sharding.spec, strict=True))
+    )
+    names = _names(axes.reduced, spec)
+    batch = Batch((names,) if names else ())
+    specs = (spec, None if mask is None else _mask_spec(spec, x.shape, mask.shape))
+    args = tuple(None if s is None else NamedSharding(mesh, s) for s in specs)
+    out = NamedSharding(mesh, _feature_spec(axes, spec))
+    return (
+        mesh,
+        lambda x, mask: local(axes, batch, x, mask),
+        jax.tree.map(lambda _: out, results),
+        args,
+    )
+
+
+def _fits(n: int, names: Any, mesh: Any) -> bool:
+    """Whether an axis of size n splits evenly. XLA pads what does not with anything."""
+    return n % math.prod(mesh.shape[name] for name in _tuple(names)) == 0
+
+
+def _sharding_rule(local, axes, mesh, args, results):
+    """Which axes go together, in the notation of Shardy: those of the features."""
+    del local, mesh
+    x, *mask = (tuple(map(int, a.shape)) for a in args)
+    names = [f"x{i}" for i in range(len(x))]
+    operands = [names]
+    for shape in mask:
+        operands.append(
+            [n if k == x[i] else f"m{i}" for i, (n, k) in enumerate(zip(names, shape, strict=True))]
+        )
+    result = " ".join(names[i] for i in axes.feature)
+    return ", ".join(map(" ".join, operands)) + " -> " + ", ".join([result] * len(results))
+
+
+_by_shard.def_partition(_partition, sharding_rule=_sharding_rule)
+
+
+def _tuple(names: Any) -> tuple[Any, ...]:
+    """The mesh axes of one axis of an array, as a PartitionSpec has them."""
+    return () if names is None else names if isinstance(names, tuple) else (names,)
+
+
+def _names(of: Sequence[int], spec: Any) -> tuple[Any, ...]:
+    """The mesh axes that these axes of an array are split over."""
+    return tuple(itertools.chain(*(_tuple(spec[i]) for i in of)))
+
+
+def _feature_spec(axes: Axes, spec: Any) -> PartitionSpec:
+    """How the feature arrays are split."""
+    return PartitionSpec(*(spec[i] for i in axes.feature))
+
+
+def _mask_spec(spec: Any, shape: Sequence[int], mask_shape: Sequence[int]) -> PartitionSpec:
+    """How the mask is split: as `x`, where it is not broadcast."""
+    return PartitionSpec(
+        *(s if n == m else None for s, n, m in zip(spec, shape, mask_shape, strict=True))
+    )
