@@ -217,10 +217,12 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
         zeros = jnp.zeros(shape, _axes.compute_dtype(x.dtype))
         return Statistics(zeros, zeros, jnp.zeros(shape, real), count)
     if mask is None and axes.can_slice(x):
-        sample = functools.partial(_about_sample, axes)
-        own_mean = functools.partial(_about_own_mean, axes)
-        cpu = sample if _lowering.is_small(x) else own_mean
-        shifted = _lowering.by_platform(x, cpu=cpu, gpu=sample, default=sample)
+        sample = functools.partial(_about_sample, axes, axes.reduced)
+        # A TPU takes the sample along the batch axis last: under jit it may be the one that is
+        # split over devices, and XLA would send the rows.
+        default = functools.partial(_about_sample, axes, (*axes.reduced[1:], *axes.reduced[:1]))
+        cpu = sample if _lowering.is_small(x) else functools.partial(_about_own_mean, axes)
+        shifted = _lowering.by_platform(x, cpu=cpu, gpu=sample, default=default)
     else:
         shifted = _about_mean(axes, x, mask, count)
     return _finish(shifted, count)
@@ -312,9 +314,9 @@ _local_statistics.defvjp(_local_statistics_fwd, _local_statistics_bwd)
 _Shifted = tuple[jax.Array, jax.Array, jax.Array]  # shift, sum(d) / N, sum(|d|^2) / N
 
 
-def _about_sample(axes: Axes, x: jax.Array) -> _Shifted:
+def _about_sample(axes: Axes, order: tuple[int, ...], x: jax.Array) -> _Shifted:
     """For one read of x and a bit: both sums in one kernel."""
-    shift = stop_gradient(_sample_mean(axes, x))
+    shift = stop_gradient(_sample_mean(axes, order, x))
     n = axes.reduced_size(x.shape)
     d = x.astype(shift.dtype) - axes.expand(shift)
     return shift, _mean(axes, d, n), _mean(axes, abs2(d), n)
@@ -323,7 +325,7 @@ def _about_sample(axes: Axes, x: jax.Array) -> _Shifted:
 def _about_own_mean(axes: Axes, x: jax.Array) -> _Shifted:
     """For one read of x by each sum; and one more if a mean is far from 0."""
     n, dtype = axes.reduced_size(x.shape), _axes.compute_dtype(x.dtype)
-    near = _sample_mean(axes, x)
+    near = _sample_mean(axes, axes.reduced, x)
     (x,) = _lowering.apart(x)
     mean = _mean(axes, x.astype(dtype), n)
     # For a constant, the mean itself, unrounded; and for what the sum overflows, a number.
@@ -379,13 +381,18 @@ def _mean(axes: Axes, v: jax.Array, n: Any) -> jax.Array:
     return lax.complex(total.real / n, total.imag / n) if jnp.iscomplexobj(total) else total / n
 
 
-def _sample_mean(axes: Axes, x: jax.Array) -> jax.Array:
-    """The mean of about one element in 64, exact for a constant feature and safe from overflow."""
+def _sample_mean(axes: Axes, order: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """The mean of about one element in 64, exact for a constant feature and safe from overflow.
+
+    The sample is thinned out along the axes in this order: where nothing else decides, major axes
+    first, as a slice of a minor one would read all of x.
+    """
     if jnp.iscomplexobj(x):
-        return lax.complex(_sample_mean(axes, x.real), _sample_mean(axes, x.imag))
+        parts = (_sample_mean(axes, order, part) for part in (x.real, x.imag))
+        return lax.complex(*parts)
     stride = max(1, min(_SAMPLE_STRIDE, axes.reduced_size(x.shape) // _SAMPLE_MIN))
     steps = [slice(None)] * x.ndim
-    for i in axes.reduced:  # major axes first: a slice of a minor one would read all of x
+    for i in order:
         step = min(stride, x.shape[i])
         steps[i] = slice(None, None, step)
         stride //= step
