@@ -4,6 +4,7 @@ The devices are the indices of named axes (`jax.shard_map`, `jax.pmap`, `jax.vma
 hold the parts of a sharded array under `jax.jit`.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jbn import _lowering
 from jbn._axes import Axes, Batch, device_axes
@@ -91,25 +92,31 @@ def over_shards(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) 
     """`local` of what each device holds of `x`, merged over those that share the features."""
     if device_axes():  # x is a part already
         return local(axes, Batch(), x, mask)
+
+    @custom_vmap
+    def split(x: jax.Array, mask: jax.Array | None) -> Any:
+        if _names(axes.reduced, jax.typeof(x).sharding.spec):
+            return _by_type(local, axes, x, mask)
+        partitioned = functools.partial(_by_compiler, local, axes)
+        whole = functools.partial(local, axes, Batch())
+        # JAX has no custom partitioning for TPUs (jax issue 38196).
+        return _lowering.by_platform(x, mask, cpu=partitioned, gpu=partitioned, default=whole)
+
+    @split.def_vmap
+    def _(size: int, batched: Any, x: jax.Array, mask: jax.Array | None) -> tuple[Any, Any]:
+        # The mapped axis is one more feature axis, before all others.
+        mapped = Axes((0, *(i + 1 for i in axes.feature)), tuple(i + 1 for i in axes.reduced))
+        x = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
+        mask = mask if mask is None or batched[1] else mask[None]
+        out = over_shards(local, mapped, x, mask)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return split(x, mask)
+
+
+def _by_type(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
+    """Over the Explicit mesh axes that the type of `x` names."""
     sharding = jax.typeof(x).sharding
-    names = _names(axes.reduced, sharding.spec)
-    if names:  # over Explicit mesh axes, which are part of the type
-        return _map_shards(local, axes, sharding, x, mask)
-
-    def partitioned(x: jax.Array, mask: jax.Array | None) -> Any:
-        return _partitioned(local, axes, x, mask)
-
-    def whole(x: jax.Array, mask: jax.Array | None) -> Any:
-        return local(axes, Batch(), x, mask)
-
-    # JAX has no custom partitioning for TPUs (jax issue 38196).
-    return _lowering.by_platform(x, mask, cpu=partitioned, gpu=partitioned, default=whole)
-
-
-def _map_shards(
-    local: Local, axes: Axes, sharding: NamedSharding, x: jax.Array, mask: jax.Array | None
-) -> Any:
-    """Over the mesh axes that the type of `x` names."""
     mesh, spec = sharding.mesh, sharding.spec
     batch = Batch((_names(axes.reduced, spec),))
     operands, specs = [x], [spec]
@@ -121,59 +128,51 @@ def _map_shards(
         mesh=mesh,
         in_specs=tuple(specs),
         out_specs=_feature_spec(axes, spec),
-        axis_names=set(mesh.explicit_axes),
+        axis_names=set(_names(range(x.ndim), spec)),
     )(*operands)
 
 
-def _partitioned(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
-    """Over the mesh axes that XLA splits `x` by, known when it compiles."""
-
-    @custom_vmap
-    def call(x: jax.Array, mask: jax.Array | None) -> Any:
-        return _by_shard(local, axes, x, mask)
-
-    @call.def_vmap
-    def _(size: int, batched: Any, x: jax.Array, mask: jax.Array | None) -> tuple[Any, Any]:
-        x = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
-        if mask is not None and not batched[1]:
-            mask = mask[None]
-        # The mapped axis is one more feature axis, before all others.
-        mapped = Axes((0, *(i + 1 for i in axes.feature)), tuple(i + 1 for i in axes.reduced))
-        out = _partitioned(local, mapped, x, mask)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return call(x, mask)
-
-
 @custom_partitioning
-def _by_shard(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
+def _by_compiler(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
+    """Over the mesh axes that XLA splits `x` by."""
     return local(axes, Batch(), x, mask)
 
 
-_by_shard.static_argnums = (0, 1)
+_by_compiler.static_argnums = (0, 1)
 
 
 def _partition(local, axes, mesh, args, results):
     x, mask = args
-    spec = PartitionSpec(
-        *(s if _fits(n, s, mesh) else None for n, s in zip(x.shape, x.sharding.spec, strict=True))
-    )
+    mesh, spec = _split(x)
     names = _names(axes.reduced, spec)
     batch = Batch((names,) if names else ())
     specs = (spec, None if mask is None else _mask_spec(spec, x.shape, mask.shape))
-    args = tuple(None if s is None else NamedSharding(mesh, s) for s in specs)
-    out = NamedSharding(mesh, _feature_spec(axes, spec))
     return (
         mesh,
         lambda x, mask: local(axes, batch, x, mask),
-        jax.tree.map(lambda _: out, results),
-        args,
+        _infer(local, axes, mesh, args, results),
+        tuple(None if s is None else NamedSharding(mesh, s) for s in specs),
     )
 
 
-def _fits(n: int, names: Any, mesh: Any) -> bool:
-    """Whether an axis of size n splits evenly. XLA pads what does not with anything."""
-    return n % math.prod(mesh.shape[name] for name in _tuple(names)) == 0
+def _infer(local, axes, mesh, args, results):
+    mesh, spec = _split(args[0])
+    return jax.tree.map(lambda _: NamedSharding(mesh, _feature_spec(axes, spec)), results)
+
+
+def _split(x: jax.ShapeDtypeStruct) -> tuple[Any, PartitionSpec]:
+    """How XLA splits `x`, but for axes that do not divide: XLA would pad them with anything."""
+    sharding: Any = x.sharding
+    if not isinstance(sharding, NamedSharding):  # where no mesh is known, nor any use of it
+        return Mesh(np.array(list(sharding.device_set)), ("device",)), PartitionSpec(
+            *[None] * x.ndim
+        )
+    sizes = (math.prod(sharding.mesh.shape[n] for n in _tuple(names)) for names in sharding.spec)
+    even = (
+        names if n % size == 0 else None
+        for n, names, size in zip(x.shape, sharding.spec, sizes, strict=True)
+    )
+    return sharding.mesh, PartitionSpec(*even)
 
 
 def _sharding_rule(local, axes, mesh, args, results):
@@ -190,7 +189,7 @@ def _sharding_rule(local, axes, mesh, args, results):
     return ", ".join(map(" ".join, operands)) + " -> " + ", ".join([result] * len(results))
 
 
-_by_shard.def_partition(_partition, sharding_rule=_sharding_rule)
+_by_compiler.def_partition(_partition, _infer, sharding_rule=_sharding_rule)
 
 
 def _tuple(names: Any) -> tuple[Any, ...]:
