@@ -6,7 +6,7 @@ import hypothesis
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 4)  # for the tests of named axes
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of many devices
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,7 +1,6 @@
 """JAX's transformations, composed: gradients of all orders, vmap, scan, jit, devices."""
 
 import functools
-import itertools
 
 import chex
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
 
 import jbn
 from tests import cases, oracle
@@ -340,135 +338,6 @@ def test_traced_hyperparameters_are_not_checked():
     close(y, jbn.batch_norm(DIFF[0], epsilon=1e-3)[0])
 
 
-def sharded(kind, f):
-    """f of the local shards over axis `d` of 4, under one kind of mapping."""
-    if kind == "vmap":
-        return jax.vmap(f, axis_name="d", in_axes=(0, None, None), out_axes=0)
-    if kind == "pmap":
-        return jax.pmap(f, axis_name="d", in_axes=(0, None, None), out_axes=0)
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
-    spec, whole = PartitionSpec("d"), PartitionSpec()
-
-    def local(x, scale, bias):
-        out = f(jax.tree.map(lambda v: v[0], x), scale, bias)
-        return jax.tree.map(lambda v: v[None], out)
-
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(spec, whole, whole),
-        out_specs=spec,
-        check_vma=kind == "shard_map, checked",
-    )
-
-
-@pytest.mark.parametrize("kind", ["vmap", "pmap", "shard_map, checked", "shard_map, unchecked"])
-def test_a_batch_split_over_devices(kind):
-    """Each of 4 devices has 4 rows, of which a mask leaves 4, 2, 1 and none."""
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(4, 4, 3)) * 2 + 5
-    mask = np.arange(4)[:, None] < np.array([4, 2, 1, 0])[:, None, None]
-    mask = mask.reshape(4, 4, 1)
-    dy = rng.normal(size=x.shape)
-    scale, bias = DIFF[1].repeat(2)[:3], DIFF[2].repeat(2)[:3]
-
-    def total(x, scale, bias, mask, dy, **options):
-        y, m = jbn.batch_norm(x, scale, bias, mask=mask, activation=jnp.tanh, **options)
-        return jnp.sum(y * dy), (y, m)
-
-    def local(args, scale, bias):
-        x, mask, dy = args
-
-        def loss(x, scale, bias):
-            value, aux = total(x, scale, bias, mask, dy, axis_name="d")
-            return jax.lax.psum(value, "d") if kind.startswith("shard_map, c") else value, aux
-
-        grads, (y, m) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
-        if not kind.startswith("shard_map, c"):  # there psum's transpose has summed them
-            grads = (grads[0], *jax.lax.psum(grads[1:], "d"))
-        return y, m, grads
-
-    y, moments, (dx, dscale, dbias) = jax.jit(sharded(kind, local))((x, mask, dy), scale, bias)
-    whole = [v.reshape(16, -1) for v in (x, mask, dy)]
-    grads, (ey, em) = jax.grad(total, (0, 1, 2), has_aux=True)(
-        jnp.asarray(whole[0]), scale, bias, whole[1], whole[2]
-    )
-    close(y.reshape(16, 3), ey)
-    close(dx.reshape(16, 3), grads[0])
-    for device in range(4):
-        close(jax.tree.map(lambda v, d=device: v[d], moments), em)
-        close((dscale[device], dbias[device]), grads[1:])
-
-
-def mesh_of_four(kind):
-    return jax.make_mesh((4,), ("d",), axis_types=(kind,))
-
-
-def test_moments_of_a_mapped_axis_are_replicated():
-    """So that a training step under shard_map may return running statistics as replicated."""
-    x = jnp.asarray(np.random.default_rng(4).normal(size=(8, 3)))
-    moments = jax.shard_map(
-        functools.partial(jbn.moments, axis_name="d"),
-        mesh=mesh_of_four(AxisType.Auto),
-        in_specs=PartitionSpec("d"),
-        out_specs=PartitionSpec(),
-    )(x)
-    close(moments, jbn.moments(x))
-
-
-def test_closed_over_slope_under_shard_map():
-    x = jnp.asarray(np.random.default_rng(5).normal(size=(8, 3)))
-
-    def total(x, slope, **options):
-        y, _ = jbn.batch_norm(x, activation=lambda z: jax.nn.leaky_relu(z, slope), **options)
-        return jnp.sum(y**2)
-
-    f = jax.shard_map(
-        lambda x, slope: jax.lax.psum(total(x, slope, axis_name="d"), "d"),
-        mesh=mesh_of_four(AxisType.Auto),
-        in_specs=(PartitionSpec("d"), PartitionSpec()),
-        out_specs=PartitionSpec(),
-    )
-    args = (x, jnp.float64(0.3))
-    close(jax.grad(f, (0, 1))(*args), jax.grad(total, (0, 1))(*args))
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("shape", [(16, 3), (8, 4, 4, 3)])
-def test_sharded_arrays_under_jit(kind, shape):
-    """With no argument at all; `jax.make_mesh` makes Explicit axes unless told otherwise."""
-    x = jnp.asarray(np.random.default_rng(6).normal(size=shape)) + 5
-    sharding = jax.sharding.NamedSharding(mesh_of_four(kind), PartitionSpec("d"))
-
-    @jax.jit
-    def f(x):
-        y, pull, moments = jax.vjp(
-            functools.partial(jbn.batch_norm, activation=jnp.tanh), x, has_aux=True
-        )
-        return y, moments, pull(y)
-
-    close(f(jax.device_put(x, sharding)), f(x))
-
-
-def test_groups_of_devices():
-    x = np.random.default_rng(2).normal(size=(4, 5, 3))
-    groups = [[0, 2], [1, 3]]
-    f = functools.partial(jbn.moments, axis_name="d", axis_index_groups=groups)
-    moments = jax.pmap(f, axis_name="d")(x)
-    for group, device in itertools.product(groups, range(2)):
-        expected = jbn.moments(np.concatenate([x[i] for i in group]))
-        close(jax.tree.map(lambda v, g=group, d=device: v[g[d]], moments), expected)
-
-
-def test_two_named_axes():
-    x = np.random.default_rng(3).normal(size=(2, 3, 5, 4))
-    f = functools.partial(jbn.batch_norm, axis_name=("a", "b"))
-    y, moments = jax.vmap(jax.vmap(f, axis_name="b"), axis_name="a")(x)
-    expected = jbn.batch_norm(x.reshape(30, 4))
-    close(y.reshape(30, 4), expected[0])
-    close(jax.tree.map(lambda v: v[1, 2], moments), expected[1])
-
-
 def test_an_activation_may_read_a_variable_that_changes():
     """Called twice outside jit, it must not be remembered as it was."""
     slope = [0.5]
@@ -506,15 +375,6 @@ def test_tangents_of_a_batch_far_from_zero():
         np.testing.assert_allclose(row, tangent(x), atol=1e-4)
 
 
-def test_parameters_sharded_apart_from_x():
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    x, scale, bias = (np.random.default_rng(0).normal(size=s) for s in ((8, 4), 4, 4))
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data", "model")))
-        y, _ = jbn.batch_norm(sharded, jnp.asarray(scale), jnp.asarray(bias))
-    np.testing.assert_allclose(y, jbn.batch_norm(x, scale, bias)[0], atol=1e-12)
-
-
 def test_activation_that_bears_the_name_of_jaxs_own():
     """`functools.wraps` makes a function look like JAX's; what it closes over is its own."""
 
@@ -531,3 +391,19 @@ def test_activation_that_bears_the_name_of_jaxs_own():
             np.testing.assert_allclose(value, slope**3 * loss(jnp.array(1.0), x), rtol=1e-12)
         grad = jax.grad(loss)(slope, x)
         np.testing.assert_allclose(grad, 3 * slope**2 * loss(jnp.array(1.0), x), rtol=1e-12)
+
+
+def test_chex_leaves_no_trace():
+    """It patches `jax.lax.stop_gradient` to give ones; what is traced meanwhile is used again."""
+    x = jnp.asarray(np.random.default_rng(0).normal(3000, 0.01, (37, 3)), "float32")
+
+    def f(x):
+        return jnp.sum(jbn.batch_norm(x)[0] ** 3)
+
+    jax.clear_caches()
+    chex.assert_numerical_grads(f, (x,), order=1, atol=1e9, rtol=1e9, modes=["rev"])
+    wide = np.asarray(x, "float64")
+    np.testing.assert_allclose(jbn.moments(x).var, wide.var(0), rtol=1e-6)
+    y, _ = jbn.batch_norm(x)
+    exact = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5)

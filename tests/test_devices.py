@@ -1,0 +1,440 @@
+"""A batch that is split over devices is one batch, under every way that JAX has to split it."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jbn
+from tests import cases, oracle
+
+P = PartitionSpec
+# Padded on the right, by more from shard to shard: of 8 devices the last three hold padding alone.
+MASK = np.arange(16)[:, None, None, None] < 10 - np.arange(4).reshape(1, 1, 4, 1)
+CASE = cases.Case(
+    "devices", (16, 4, 4, 2), mask=MASK.shape, residual=True, activation=jnp.tanh, epsilon=0.1
+)
+UNMASKED = cases.Case("unmasked", CASE.shape, residual=True, activation=jnp.tanh, epsilon=0.1)
+NAMES = ("x", "scale", "bias", "residual")
+
+
+def draw(masked):
+    args = cases.draw(CASE if masked else UNMASKED)
+    return {**args, "mask": MASK} if masked else args
+
+
+def close(actual, expected, rtol=1e-12):
+    def check(a, b):
+        scale = max(1.0, np.abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale)
+
+    jax.tree.map(check, actual, expected)
+
+
+@functools.cache
+def expected(masked):
+    """y, moments and gradients of the whole batch, by the oracle."""
+    case, args = (CASE if masked else UNMASKED), draw(masked)
+    y, *moments = oracle.batch_norm(case, args)
+    grads = oracle.gradients(case, args)
+    total = {k: sum(grads[output][k] for output in ("y", "mean", "var")) for k in NAMES}
+    return y, jbn.Moments(*moments), total
+
+
+def norm(x, scale, bias, residual, mask, **options):
+    return jbn.batch_norm(
+        x,
+        scale,
+        bias,
+        residual=residual,
+        mask=mask,
+        activation=jnp.tanh,
+        epsilon=0.1,
+        **options,
+    )
+
+
+def weighted(y, moments, dy, dmean, dvar, share=1.0):
+    """A scalar whose gradient has the given cotangents, those of the moments by this share."""
+    return jnp.sum(y * dy) + share * jnp.sum(moments.mean * dmean + moments.var * dvar)
+
+
+def mesh_of(sizes, names, kind=AxisType.Auto):
+    return jax.make_mesh(
+        sizes,
+        names,
+        axis_types=(kind,) * len(sizes),
+        devices=jax.devices()[: int(np.prod(sizes))],
+    )
+
+
+def mapped(kind, f, devices):
+    """f of the device's own part of the first argument and of all of the second."""
+    if kind == "vmap":
+        return jax.vmap(f, (0, None), axis_name="d", axis_size=devices)
+    if kind == "pmap":
+        return jax.pmap(f, axis_name="d", in_axes=(0, None), devices=jax.devices()[:devices])
+
+    def local(parts, whole):
+        out = f(jax.tree.map(lambda v: v[0], parts), whole)
+        return jax.tree.map(lambda v: v[None], out)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh_of((devices,), ("d",)),
+        in_specs=(P("d"), P()),
+        out_specs=P("d"),
+        check_vma=kind == "shard_map, checked",
+    )
+
+
+MAPPED = ("vmap", "pmap", "shard_map, checked", "shard_map, unchecked")
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+@pytest.mark.parametrize(
+    ("devices", "masked"), [(1, True), (2, True), (4, True), (8, True), (8, False)]
+)
+def test_named_axis(kind, devices, masked):
+    """Values, moments and all gradients; each device returns its own copy of what is shared."""
+    args = draw(masked)
+    checked = kind == "shard_map, checked"
+
+    def local(parts, whole):
+        def loss(x, scale, bias, residual):
+            y, moments = norm(x, scale, bias, residual, parts["mask"], axis_name="d")
+            # Checked, the moments are known to be replicated, and count once.
+            value = jnp.sum(y * parts["dy"])
+            value = jax.lax.psum(value, "d") if checked else value
+            share = 1.0 if checked else 1 / devices
+            return value + weighted(0.0, moments, 0.0, *whole[2:], share), (y, moments)
+
+        diff = parts["x"], *whole[:2], parts["residual"]
+        grads, (y, moments) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*diff)
+        if not checked:  # there the sum is JAX's
+            grads = (grads[0], *jax.lax.psum(grads[1:3], "d"), grads[3])
+        return y, moments, grads
+
+    parts = {
+        k: None if args[k] is None else args[k].reshape(devices, -1, *args[k].shape[1:])
+        for k in ("x", "residual", "dy", "mask")
+    }
+    whole = tuple(args[k] for k in ("scale", "bias", "dmean", "dvar"))
+    y, moments, grads = jax.jit(mapped(kind, local, devices))(parts, whole)
+    expected_y, expected_moments, expected_grads = expected(masked)
+    close(y.reshape(CASE.shape), expected_y)
+    for name, grad in zip(NAMES, grads, strict=True):
+        if name in ("x", "residual"):
+            close(grad.reshape(CASE.shape), expected_grads[name])
+        else:
+            close(grad, np.broadcast_to(expected_grads[name], grad.shape))
+    for moment, value in zip(moments, expected_moments, strict=True):
+        close(moment, np.broadcast_to(value, moment.shape))
+
+
+SPECS = {
+    "data": P("d"),
+    "data over both axes": P(("d", "s")),
+    "data and space": P("d", "s"),
+    "space": P(None, "d", "s"),
+    "channels": P(None, None, None, "s"),
+    "data and channels": P("d", None, None, "s"),
+}
+
+
+@functools.partial(jax.jit, static_argnames="custom_vjp")
+def program(args, custom_vjp=True):
+    def loss(x, scale, bias, residual):
+        out = norm(x, scale, bias, residual, args["mask"], custom_vjp=custom_vjp)
+        return weighted(*out, args["dy"], args["dmean"], args["dvar"]), out
+
+    grads, out = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*(args[k] for k in NAMES))
+    return *out, dict(zip(NAMES, grads, strict=True))
+
+
+def shard(args, mesh, spec):
+    """x, and what has its shape, split; the rest left as it is."""
+    sharding = jax.NamedSharding(mesh, spec)
+    whole = ("x", "residual", "dy")
+    return {k: jax.device_put(v, sharding) if k in whole else v for k, v in args.items()}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_sharded_arrays_under_jit(kind, name):
+    """With no argument at all; `jax.make_mesh` makes Explicit axes unless told otherwise."""
+    for masked in (True, False):
+        args = shard(draw(masked), mesh_of((4, 2), ("d", "s"), kind), SPECS[name])
+        y, moments, grads = program(args)
+        close((y, moments, grads), expected(masked))
+        assert y.sharding.is_equivalent_to(args["x"].sharding, y.ndim)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_fewer_devices_under_jit(kind, sizes):
+    args = shard(draw(True), mesh_of(sizes, ("d", "s"), kind), P("d", "s"))
+    close(program(args), expected(True))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_jax_differentiates_the_plain_definition(kind):
+    args = shard(draw(True), mesh_of((4, 2), ("d", "s"), kind), P("d", "s"))
+    close(program(args, custom_vjp=False), expected(True))
+
+
+def test_a_mesh_of_both_kinds():
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("d", "s"), axis_types=kinds)
+    close(program(shard(draw(True), mesh, P("d", "s"))), expected(True))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_under_set_mesh(kind):
+    """Also for arrays that are not split, of which the compiler knows no mesh."""
+    args = draw(True)
+    mesh = mesh_of((4, 2), ("d", "s"), kind)
+    with jax.set_mesh(mesh):
+        close(program(args), expected(True))
+        close(program(shard(args, mesh, P("d", "s"))), expected(True))
+
+
+def test_axes_that_do_not_divide_among_the_devices():
+    """Inside jit, XLA splits 13 rows over 4 devices, and pads."""
+    args = {k: v[:13] if np.ndim(v) == 4 else v for k, v in draw(True).items()}
+    mesh = mesh_of((4, 2), ("d", "s"))
+
+    @jax.jit
+    def sliced(args):
+        return program({k: v[:13] if np.ndim(v) == 4 else v for k, v in args.items()})
+
+    close(sliced(shard(draw(True), mesh, P("d", "s"))), program(args))
+
+
+@pytest.mark.parametrize("spec", [P(None, "d", "s"), P("s", "d")], ids=str)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_an_ensemble_of_sharded_batches(kind, spec):
+    x = np.stack([draw(False)["x"], draw(False)["dy"]])
+
+    def f(x):
+        y, pull, moments = jax.vjp(lambda x: jbn.batch_norm(x), x, has_aux=True)
+        return y, moments, pull(y)
+
+    mesh = mesh_of((4, 2), ("d", "s"), kind)
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, spec))
+    close(jax.jit(jax.vmap(f))(sharded), jax.vmap(f)(x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_second_derivatives_of_sharded_arrays(kind):
+    args = draw(True)
+
+    def loss(x):
+        y, moments = norm(x, *(args[k] for k in ("scale", "bias", "residual", "mask")))
+        return weighted(jnp.sin(y), moments, *(args[k] for k in ("dy", "dmean", "dvar")))
+
+    twice = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(loss)(x)))))
+    x = jax.device_put(args["x"], jax.NamedSharding(mesh_of((4,), ("d",), kind), P("d")))
+    close(twice(x), twice(args["x"]))
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+def test_second_derivatives_over_a_named_axis(kind):
+    """Of the variance, those of the weights of a mask too."""
+    x, weights = np.random.default_rng(0).uniform(1, 2, (2, 8, 3))
+    checked = kind == "shard_map, checked"
+
+    def var(x, weights, **options):
+        moments = jbn.moments(x, mask=weights, **options)
+        return jnp.sum(jnp.sin(moments.mean) * moments.var + moments.count**2)
+
+    def local(parts, whole):
+        def of(x, weights):
+            value = var(x, weights, axis_name="d")
+            return value if checked else value / 4
+
+        def first(x, weights):
+            value = sum(jnp.sum(jnp.sin(g)) for g in jax.grad(of, (0, 1))(x, weights))
+            return jax.lax.psum(value, "d") if checked else value
+
+        return jax.grad(first, (0, 1))(*parts)
+
+    def whole(x, weights):
+        return sum(jnp.sum(jnp.sin(g)) for g in jax.grad(var, (0, 1))(x, weights))
+
+    parts = x.reshape(4, 2, 3), weights.reshape(4, 2, 3)
+    grads = jax.jit(mapped(kind, local, 4))(parts, 0.0)
+    close([g.reshape(8, 3) for g in grads], [*jax.grad(whole, (0, 1))(x, weights)], 1e-11)
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+def test_forward_mode_over_a_named_axis(kind):
+    x, t = np.random.default_rng(0).normal(size=(2, 8, 3))
+
+    def tangent(x, t, **options):
+        f = functools.partial(jbn.batch_norm, custom_vjp=False, **options)
+        return jax.jvp(lambda x: f(x)[0], (x,), (t,))[1]
+
+    parts = x.reshape(4, 2, 3), t.reshape(4, 2, 3)
+    local = jax.jit(mapped(kind, lambda parts, _: tangent(*parts, axis_name="d"), 4))
+    close(local(parts, 0.0).reshape(8, 3), tangent(x, t))
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+def test_groups_of_devices(kind):
+    """Each group is a batch of its own, here of devices that do not lie side by side."""
+    x, dy = np.random.default_rng(2).normal(size=(2, 8, 5, 3))
+    mask = np.arange(5)[:, None] < np.array([5, 4, 3, 0, 2, 1, 0, 0])[:, None, None]
+    groups = [[0, 5], [7, 3], [1, 2], [6, 4]]
+
+    def f(x, mask, dy, **options):
+        def loss(x):
+            y, moments = jbn.batch_norm(x, mask=mask, epsilon=0.1, **options)
+            share = 0.5 if options else 1.0
+            return jnp.sum(y * dy) + share * jnp.sum(moments.mean**3 + moments.var**2), (
+                y,
+                moments,
+            )
+
+        grad, out = jax.grad(loss, has_aux=True)(x)
+        return grad, *out
+
+    def local(parts, _):
+        return f(*parts, axis_name="d", axis_index_groups=groups)
+
+    out = jax.jit(mapped(kind, local, 8))((x, mask, dy), 0.0)
+    for group in groups:
+        rows = (np.concatenate([v[i] for i in group]) for v in (x, mask, dy))
+        dx, y, moments = f(*rows)
+        for k, i in enumerate(group):
+            part = slice(5 * k, 5 * k + 5)
+            close(jax.tree.map(lambda v, i=i: v[i], out), (dx[part], y[part], moments))
+
+
+def nested(f):
+    return jax.vmap(jax.vmap(f, axis_name="s"), axis_name="d")
+
+
+def over_both(f):
+    """Both axes are of devices."""
+    mesh = mesh_of((4, 2), ("d", "s"))
+    return jax.shard_map(
+        lambda x: jax.tree.map(lambda v: v[None, None], f(x[0, 0])),
+        mesh=mesh,
+        in_specs=P("d", "s"),
+        out_specs=P("d", "s"),
+    )
+
+
+def over_one(f):
+    """One axis is of devices, one of vmap: in JAX not with the replication check."""
+    mesh = mesh_of((4,), ("d",))
+    return jax.shard_map(
+        lambda x: jax.tree.map(lambda v: v[None], jax.vmap(f, axis_name="s")(x[0])),
+        mesh=mesh,
+        in_specs=P("d"),
+        out_specs=P("d"),
+        check_vma=False,
+    )
+
+
+@pytest.mark.parametrize("mapping", [nested, over_both, over_one])
+def test_two_named_axes(mapping):
+    x = np.random.default_rng(3).normal(size=(4, 2, 5, 3))
+
+    def f(x, **options):
+        return jbn.batch_norm(x, activation=jnp.tanh, **options)
+
+    y, moments = jax.jit(mapping(functools.partial(f, axis_name=("d", "s"))))(x)
+    expected_y, expected_moments = f(x.reshape(40, 3))
+    close(y.reshape(40, 3), expected_y)
+    for i, k in itertools.product(range(4), range(2)):
+        close(jax.tree.map(lambda v, i=i, k=k: v[i, k], moments), expected_moments)
+
+
+def test_moments_of_a_mapped_axis_are_replicated():
+    """So that a training step under shard_map may return running statistics as replicated."""
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(8, 3)))
+    for mask in (None, np.arange(8)[:, None] < 5):
+        moments = jax.shard_map(
+            lambda x, mask: jbn.moments(x, mask=mask, axis_name="d"),
+            mesh=mesh_of((4,), ("d",)),
+            in_specs=(P("d"), None if mask is None else P("d")),
+            out_specs=P(),
+        )(x, mask)
+        close(moments, jbn.moments(x, mask=mask))
+
+
+def test_closed_over_slope_under_shard_map():
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(8, 3)))
+
+    def total(x, slope, **options):
+        y, _ = jbn.batch_norm(x, activation=lambda z: jax.nn.leaky_relu(z, slope), **options)
+        return jnp.sum(y**2)
+
+    f = jax.shard_map(
+        lambda x, slope: jax.lax.psum(total(x, slope, axis_name="d"), "d"),
+        mesh=mesh_of((4,), ("d",)),
+        in_specs=(P("d"), P()),
+        out_specs=P(),
+    )
+    args = (x, jnp.float64(0.3))
+    close(jax.grad(f, (0, 1))(*args), jax.grad(total, (0, 1))(*args))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("split", ["shard_map", "Auto", "Explicit"])
+def test_accuracy_does_not_depend_on_the_split(split, devices):
+    x = np.random.default_rng(0).normal(3000, 0.01, (4096, 4)).astype("float32")
+    wide = x.astype("float64")
+    exact = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+    if split == "shard_map":
+        f = jax.shard_map(
+            functools.partial(jbn.batch_norm, axis_name="d"),
+            mesh=mesh_of((devices,), ("d",)),
+            in_specs=P("d"),
+            out_specs=(P("d"), P()),
+        )
+        y, moments = jax.jit(f)(x)
+    else:
+        mesh = mesh_of((devices,), ("d",), AxisType[split])
+        y, moments = jax.jit(jbn.batch_norm)(jax.device_put(x, jax.NamedSharding(mesh, P("d"))))
+    np.testing.assert_allclose(moments.var, wide.var(0), rtol=1e-6)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=2e-6)
+
+
+def test_a_program_for_many_devices_is_exported():
+    """Over Explicit axes; those that the compiler finds cannot be written to a file by JAX."""
+    args = shard(draw(False), mesh_of((4, 2), ("d", "s"), AxisType.Explicit), P("d", "s"))
+    exported = jax.export.export(jax.jit(jbn.batch_norm))(args["x"])
+    assert exported.nr_devices == 8
+    close(jax.jit(exported.call)(args["x"]), jbn.batch_norm(draw(False)["x"]))
+
+
+BAD_GROUPS = {
+    "not all": [[0, 1], [2, 3]],
+    "unequal": [[0, 1, 2], [3, 4], [5, 6, 7]],
+    "twice": [[0, 1, 2, 3], [3, 4, 5, 6]],
+    "too large": [[0, 1, 2, 3], [4, 5, 6, 8]],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("name", BAD_GROUPS)
+def test_groups_that_do_not_partition_the_axis(name):
+    f = functools.partial(jbn.moments, axis_name="d", axis_index_groups=BAD_GROUPS[name])
+    message = "axis_index_groups must hold each of the 8 indices of axis 'd' once, in groups of one"
+    for mapping in (jax.vmap, jax.pmap):
+        with pytest.raises(ValueError, match=message):
+            mapping(f, axis_name="d")(np.ones((8, 2, 3)))
+
+
+@pytest.mark.parametrize("groups", [4, [0, 1], [[0.5, 1], [2, 3]]], ids=str)
+def test_groups_that_are_not_lists_of_indices(groups):
+    f = functools.partial(jbn.moments, axis_name="d", axis_index_groups=groups)
+    with pytest.raises(TypeError, match="axis_index_groups must be lists of indices such as"):
+        jax.vmap(f, axis_name="d")(np.ones((8, 2, 3)))
