@@ -3,8 +3,9 @@
     pip install -e ".[benchmarks,peers]"
     python -m benchmarks
 
-Accuracy, memory traffic, whole networks, overhead and speed; for a platform whose device is
-missing, `--platform cuda` or `tpu` prints the memory traffic of programs compiled for it.
+Accuracy, memory traffic, whole networks, communication, overhead and speed; for a platform whose
+device is missing, `--platform cuda` or `tpu` prints the memory traffic and the communication of
+programs compiled for it.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import math
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in ("json", "plot"):
         if path := getattr(args, flag):
             try:
-                check_writable(path)
+                results.check_writable(path)
             except OSError as error:
                 parser.error(f"--{flag} must be a file that can be written: {error}")
     if args.json and args.json == args.plot:
@@ -154,14 +154,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_writable(path: Path) -> None:
-    """Makes the folder of a file and raises `OSError` if the file could not be written."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
-
-
 def show_accuracy(names: Sequence[str], console: Console) -> list[accuracy.Record]:
     """Measures and prints the errors of these peers."""
     records = []
@@ -180,6 +172,16 @@ def show_traffic(args: argparse.Namespace, console: Console) -> None:
     for name in dict.fromkeys(args.shapes):
         console.print(traffic.table(args.platform, args.dtypes, shape(name, args.platform)), "")
     console.print(networks.table(args.platform), "")
+    show_communication(args.platform)
+
+
+def show_communication(platform: str) -> None:
+    """Prints the collectives over many devices.
+
+    Another process counts them: it splits the CPU into devices, which would slow down all else.
+    """
+    command = [sys.executable, "-m", "benchmarks.communication", "--platform", platform]
+    subprocess.run(command, check=True)
 
 
 def show_speed(args: argparse.Namespace, console: Console) -> list[speed.Record]:

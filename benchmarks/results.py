@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def machine() -> dict[str, Any]:
             if k.startswith(("MALLOC_", "OMP_", "MKL_", "XLA_"))
         },
     }
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file and raises `OSError` if the file could not be written."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -205,6 +205,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(speed, "PAUSE", 0)
     monkeypatch.setattr(traffic, "table", lambda *args: f"Traffic of {args}")
     monkeypatch.setattr(networks, "table", lambda *args: f"Networks on {args}")
+    monkeypatch.setattr(command, "show_communication", lambda platform: print("Communication"))
     monkeypatch.setattr(overhead, "table", lambda *args: "Overhead")
     return [
         *("--peers", "jbn", "linen", "--dtypes", "float32", "--rounds", "2", "--shapes", "small"),
@@ -246,6 +247,7 @@ def test_run(quick, tmp_path, capsys):
     assert f"'jax': '{jax.__version__}'" in out
     assert "Relative error of the variance, float32, 72 rows" in out
     assert "Traffic of ('cpu', ['float32'], (256, 128))" in out
+    assert "Communication" in out
     assert "float32 8x3, forward, then relu" in out
     assert out.count("A copy takes") == 4
 
