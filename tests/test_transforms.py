@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jbn
-from tests import cases, oracle
+from tests import cases, implementations, oracle
 
 CASE = cases.Case("everything", (4, 3, 2), mask=(4, 1, 2), residual=True, activation=jnp.tanh)
 NAMES = ("x", "scale", "bias", "residual")
@@ -171,6 +171,30 @@ def test_scan_over_layers(checkpoint):
 
     out = [jax.jit(jax.grad(f, (0, 1)))(DIFF[0], scales) for f in (scanned, unrolled)]
     close(*out)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "default"])
+def test_second_derivatives_in_bfloat16_through_scan(platform):
+    """JAX drops the rule of a `jax.custom_jvp` there, so that none may be needed."""
+    rng = np.random.default_rng(0)
+    x, residual = (jnp.asarray(rng.normal(size=(8, 3)), "bfloat16") for _ in range(2))
+
+    def layer(residual, dtype):
+        cast = x.astype(dtype), residual.astype(dtype)
+        y, _ = jbn.batch_norm(cast[0], residual=cast[1], activation=jnp.tanh)
+        return y.astype("bfloat16"), None
+
+    def second(dtype):
+        def first(residual):
+            y, _ = jax.lax.scan(lambda r, _: layer(r, dtype), residual, length=2)
+            return jnp.sum(jnp.sin(y.astype("float32")))
+
+        return jax.grad(lambda r: jnp.sum(jnp.square(jax.grad(first)(r).astype("float32"))))
+
+    expected = np.asarray(jax.jit(second("float32"))(residual), "float32")
+    with implementations.lowered_for(platform):
+        actual = np.asarray(jax.jit(second("bfloat16"))(residual), "float32")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.03 * np.abs(expected).max())
 
 
 def test_moments_carried_through_scan_under_a_mask():
