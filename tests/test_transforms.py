@@ -197,6 +197,25 @@ def test_second_derivatives_in_bfloat16_through_scan(platform):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=0.03 * np.abs(expected).max())
 
 
+def test_second_derivatives_of_constant_and_huge_features_through_scan():
+    x = jnp.asarray([[1, 2, 1e30], [1, 3, -2e30], [1, 5, 3e30]], "float32")
+
+    def layer(x, _):
+        return x + jbn.batch_norm(x, epsilon=0.0, activation=jnp.tanh)[0], None
+
+    def scanned(x):
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, length=1)[0]))
+
+    def unrolled(x):
+        return jnp.sum(jnp.sin(layer(x, None)[0]))
+
+    def second(f):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(jax.grad(f)(x)))))(x)
+
+    close(second(scanned), second(unrolled), 1e-5)
+    close(second(scanned)[:, 0], -jnp.sin(2 * x[:, 0]), 1e-5)  # y does not depend on a constant
+
+
 def test_moments_carried_through_scan_under_a_mask():
     """Padded batches, one of them empty, pool to the moments of the valid elements."""
     rng = np.random.default_rng(0)
