@@ -287,17 +287,10 @@ def _rstd(var: jax.Array, epsilon: Any, empty: jax.Array | None = None) -> jax.A
     return _rsqrt(v if empty is None else jnp.where(empty, jnp.inf, v))
 
 
-@jax.custom_jvp
 def _rsqrt(v: jax.Array) -> jax.Array:
-    """1 / sqrt(v), where that is finite; elsewhere 0, and so are its derivatives."""
-    return jnp.where(v == 0, 0, lax.rsqrt(v))
-
-
-@_rsqrt.defjvp
-def _rsqrt_jvp(primals, tangents):
-    (v,), (dv,) = primals, tangents
-    r = _rsqrt(v)
-    return r, jnp.where(r == 0, 0, -0.5 * r * r * r * dv)  # dv may be infinite
+    """1 / sqrt(v), where that is finite and not 0; elsewhere 0, and so are its derivatives."""
+    regular = (v != 0) & (v != jnp.inf)
+    return jnp.where(regular, lax.rsqrt(jnp.where(regular, v, 1)), 0)
 
 
 def _normalize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jbn
-from tests import cases, oracle
+from tests import cases, implementations, oracle
 
 CASE = cases.Case("everything", (4, 3, 2), mask=(4, 1, 2), residual=True, activation=jnp.tanh)
 NAMES = ("x", "scale", "bias", "residual")
@@ -169,6 +169,49 @@ def test_scan_over_layers(checkpoint):
 
     out = [jax.jit(jax.grad(f, (0, 1)))(DIFF[0], scales) for f in (scanned, unrolled)]
     close(*out)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "default"])
+def test_second_derivatives_in_bfloat16_through_scan(platform):
+    """JAX drops the rule of a `jax.custom_jvp` there, so that none may be needed."""
+    rng = np.random.default_rng(0)
+    x, residual = (jnp.asarray(rng.normal(size=(8, 3)), "bfloat16") for _ in range(2))
+
+    def layer(residual, dtype):
+        cast = x.astype(dtype), residual.astype(dtype)
+        y, _ = jbn.batch_norm(cast[0], residual=cast[1], activation=jnp.tanh)
+        return y.astype("bfloat16"), None
+
+    def second(dtype):
+        def first(residual):
+            y, _ = jax.lax.scan(lambda r, _: layer(r, dtype), residual, length=2)
+            return jnp.sum(jnp.sin(y.astype("float32")))
+
+        return jax.grad(lambda r: jnp.sum(jnp.square(jax.grad(first)(r).astype("float32"))))
+
+    expected = np.asarray(jax.jit(second("float32"))(residual), "float32")
+    with implementations.lowered_for(platform):
+        actual = np.asarray(jax.jit(second("bfloat16"))(residual), "float32")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+
+
+def test_second_derivatives_of_constant_and_huge_features_through_scan():
+    x = jnp.asarray([[1, 2, 1e30], [1, 3, -2e30], [1, 5, 3e30]], "float32")
+
+    def layer(x, _):
+        return x + jbn.batch_norm(x, epsilon=0.0, activation=jnp.tanh)[0], None
+
+    def scanned(x):
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, length=1)[0]))
+
+    def unrolled(x):
+        return jnp.sum(jnp.sin(layer(x, None)[0]))
+
+    def second(f):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(jax.grad(f)(x)))))(x)
+
+    close(second(scanned), second(unrolled), 1e-5)
+    close(second(scanned)[:, 0], -jnp.sin(2 * x[:, 0]), 1e-5)  # y does not depend on a constant
 
 
 def test_moments_carried_through_scan_under_a_mask():
