@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jbn import _lowering
@@ -86,32 +87,75 @@ def _like(values: Arrays, new: list[jax.Array]) -> Arrays:
 # mean of travel between the devices, five collectives or more. Told how to split the computation
 # as a whole, it takes one: each device takes the statistics of what it holds, about a shift of its
 # own, and all are merged.
+#
+# A primitive holds what JAX is told, with its own rules for `vmap` and for derivatives, as there
+# are none for custom partitioning. (`jax.custom_jvp` would not do: JAX drops its rule inside a
+# scan that is differentiated twice.)
 
 
-def over_shards(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:
+def over_shards(
+    local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None
+) -> Sequence[jax.Array]:
     """`local` of what each device holds of `x`, merged over those that share the features."""
     if device_axes():  # x is a part already
         return local(axes, Batch(), x, mask)
+    operands = (x,) if mask is None else (x, mask)
+    jaxpr = jax.make_jaxpr(functools.partial(_told, local, axes))(*operands)
+    return over_shards_p.bind(*operands, local=local, axes=axes, jaxpr=jaxpr)
 
-    @custom_vmap
-    def split(x: jax.Array, mask: jax.Array | None) -> Any:
-        if _names(axes.reduced, jax.typeof(x).sharding.spec):
-            return _by_type(local, axes, x, mask)
-        partitioned = functools.partial(_by_compiler, local, axes)
-        whole = functools.partial(local, axes, Batch())
-        # JAX has no custom partitioning for TPUs (jax issue 38196).
-        return _lowering.by_platform(x, mask, cpu=partitioned, gpu=partitioned, default=whole)
 
-    @split.def_vmap
-    def _(size: int, batched: Any, x: jax.Array, mask: jax.Array | None) -> tuple[Any, Any]:
-        # The mapped axis is one more feature axis, before all others.
-        mapped = Axes((0, *(i + 1 for i in axes.feature)), tuple(i + 1 for i in axes.reduced))
-        x = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
-        mask = mask if mask is None or batched[1] else mask[None]
-        out = over_shards(local, mapped, x, mask)
-        return out, jax.tree.map(lambda _: True, out)
+over_shards_p = Primitive("over_shards")
+over_shards_p.multiple_results = True
+over_shards_p.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+over_shards_p.def_impl(lambda *operands, jaxpr, **_: jaxpr_as_fun(jaxpr)(*operands))
 
-    return split(x, mask)
+
+def _lower(ctx, *operands, jaxpr, **_):
+    return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *operands)
+
+
+def _differentiate(primals, tangents, *, local, axes, jaxpr):
+    """By the plain formulas. The first derivatives of batch norm have rules of their own."""
+    out = over_shards_p.bind(*primals, local=local, axes=axes, jaxpr=jaxpr)
+    smooth = [i for i, p in enumerate(primals) if jnp.issubdtype(p.dtype, jnp.inexact)]
+
+    def plain(*varied: jax.Array) -> Sequence[jax.Array]:
+        x, *mask = (varied[smooth.index(i)] if i in smooth else p for i, p in enumerate(primals))
+        return [*local(axes, Batch(), x, *(mask or [None]))]
+
+    of = [primals[i] for i in smooth], [ad.instantiate_zeros(tangents[i]) for i in smooth]
+    return out, jax.jvp(plain, *of)[1]
+
+
+def _batch(operands, mapped, *, local, axes, jaxpr):
+    """The mapped axis is one more feature axis, before all others."""
+    del jaxpr
+    size = next(v.shape[i] for v, i in zip(operands, mapped, strict=True) if i is not None)
+    x, *mask = (
+        v[None] if i is None else jnp.moveaxis(v, i, 0)
+        for v, i in zip(operands, mapped, strict=True)
+    )
+    x = jnp.broadcast_to(x, (size, *x.shape[1:]))
+    axes = Axes((0, *(i + 1 for i in axes.feature)), tuple(i + 1 for i in axes.reduced))
+    out = over_shards(local, axes, x, *(mask or [None]))
+    return out, [0] * len(out)
+
+
+mlir.register_lowering(over_shards_p, _lower)
+ad.primitive_jvps[over_shards_p] = _differentiate
+batching.primitive_batchers[over_shards_p] = _batch
+
+
+def _told(
+    local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None = None
+) -> Sequence[jax.Array]:
+    """`local`, with what is known here or by the compiler of how `x` is split."""
+    if _names(axes.reduced, jax.typeof(x).sharding.spec):
+        return [*_by_type(local, axes, x, mask)]
+    partitioned = functools.partial(_by_compiler, local, axes)
+    whole = functools.partial(local, axes, Batch())
+    # JAX has no custom partitioning for TPUs (jax issue 38196).
+    return [*_lowering.by_platform(x, mask, cpu=partitioned, gpu=partitioned, default=whole)]
 
 
 def _by_type(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> Any:

@@ -1,4 +1,4 @@
-"""Statistics of a batch: one accurate pass, masks, merging, devices."""
+"""Statistics of a batch: one accurate pass, masks, merging."""
 
 import functools
 from collections.abc import Sequence
@@ -243,16 +243,9 @@ def _finish(shifted: "_Shifted", count: jax.Array) -> Statistics:
     return Statistics(shift, offset, var, count)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sharded_statistics(axes: Axes, x: jax.Array, mask: jax.Array | None) -> Statistics:
     """`_local_statistics_plain`, in one exchange where `x` is split over devices under jit."""
-    return _devices.over_shards(_merged_statistics, axes, x, mask)
-
-
-@_sharded_statistics.defjvp
-def _sharded_statistics_jvp(axes, primals, tangents):
-    """For second derivatives: those of the plain formulas."""
-    return jax.jvp(functools.partial(_local_statistics_plain, axes), primals, tangents)
+    return Statistics(*_devices.over_shards(_merged_statistics, axes, x, mask))
 
 
 def _merged_statistics(
