@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jbn import _lowering
 from jbn._axes import Axes, Batch, device_axes
@@ -117,14 +117,15 @@ def _lower(ctx, *operands, jaxpr, **_):
 def _differentiate(primals, tangents, *, local, axes, jaxpr):
     """By the plain formulas. The first derivatives of batch norm have rules of their own."""
     out = over_shards_p.bind(*primals, local=local, axes=axes, jaxpr=jaxpr)
-    smooth = [i for i, p in enumerate(primals) if jnp.issubdtype(p.dtype, jnp.inexact)]
+    n = sum(jnp.issubdtype(p.dtype, jnp.inexact) for p in primals)  # x, and a mask of weights
 
-    def plain(*varied: jax.Array) -> Sequence[jax.Array]:
-        x, *mask = (varied[smooth.index(i)] if i in smooth else p for i, p in enumerate(primals))
-        return [*local(axes, Batch(), x, *(mask or [None]))]
+    def plain(*varied: jax.Array) -> list[jax.Array]:
+        x, mask, *_ = (*varied, *primals[n:], None)
+        return [*local(axes, Batch(), x, mask)]
 
-    of = [primals[i] for i in smooth], [ad.instantiate_zeros(tangents[i]) for i in smooth]
-    return out, jax.jvp(plain, *of)[1]
+    return out, jax.jvp(plain, list(primals[:n]), [ad.instantiate_zeros(t) for t in tangents[:n]])[
+        1
+    ]
 
 
 def _batch(operands, mapped, *, local, axes, jaxpr):
@@ -190,10 +191,16 @@ def _partition(local, axes, mesh, args, results):
     mesh, spec = _split(x)
     names = _names(axes.reduced, spec)
     batch = Batch((names,) if names else ())
+
+    def lower(x: jax.Array, mask: jax.Array | None) -> Any:
+        # Not in the mesh of `jax.set_mesh`: these are one device's own.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return local(axes, batch, x, mask)
+
     specs = (spec, None if mask is None else _mask_spec(spec, x.shape, mask.shape))
     return (
         mesh,
-        lambda x, mask: local(axes, batch, x, mask),
+        lower,
         _infer(local, axes, mesh, args, results),
         tuple(None if s is None else NamedSharding(mesh, s) for s in specs),
     )

@@ -177,8 +177,7 @@ def statistics(
         else _local_statistics_plain(axes, x_carrier, mask)
     )
     stats = stats._replace(shift=stop_gradient(stats.shift))
-    weighted = mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
-    return _merge(batch, mask is not None, weighted, stats) if batch.exchanges else stats
+    return _merged(batch, axes, x, mask, stats)
 
 
 # The local pass, with d = x - shift, weights w (1 and 0 under a boolean mask), N = sum(w):
@@ -251,8 +250,7 @@ def _sharded_statistics(axes: Axes, x: jax.Array, mask: jax.Array | None) -> Sta
 def _merged_statistics(
     axes: Axes, batch: Batch, x: jax.Array, mask: jax.Array | None
 ) -> Statistics:
-    stats = _local_statistics_plain(axes, x, mask)
-    return _merge(batch, mask is not None, False, stats) if batch.exchanges else stats
+    return _merged(batch, axes, x, mask, _local_statistics_plain(axes, x, mask))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -431,38 +429,50 @@ def _pool(parts: Statistics) -> Statistics:
 # transpose of the all-gather would sum those of all devices, to give each its own.
 
 
+def _merged(
+    batch: Batch, axes: Axes, x: jax.Array, mask: jax.Array | None, stats: Statistics
+) -> Statistics:
+    """The statistics of this device's `x`, merged with those of the others in its batch."""
+    if not batch.exchanges:
+        return stats
+    if mask is None:
+        return _merge(batch, axes.reduced_size(x.shape), False, stats)
+    return _merge(batch, None, jnp.issubdtype(mask.dtype, jnp.floating), stats)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _merge(batch: Batch, counted: bool, weighted: bool, stats: Statistics) -> Statistics:
+def _merge(batch: Batch, n: Any, weighted: bool, stats: Statistics) -> Statistics:
     """Merges the statistics of all devices.
 
     Args:
         batch: over which mapped axes.
-        counted: whether counts may differ, as under a mask.
+        n: count of every device; None if they may differ, as under a mask, and must be sent.
         weighted: whether counts have derivatives, those of the weights of a mask.
         stats: this device's own.
     """
     for names in batch.exchanges:
-        sent = [*stats] if counted else [*stats[:3]]
+        sent = [*stats] if n is None else [*stats[:3]]
         parts = _devices.gather(sent, names, batch.axis_index_groups)
-        if not counted:
-            parts.append(jnp.broadcast_to(stats.count, (len(parts[0]), *stats.count.shape)))
+        if n is not None:
+            parts.append(jnp.full_like(parts[-1], n))
+            n = n * len(parts[-1])
         stats = _pool(_remat.tag(Statistics(*parts)))
     return stats
 
 
 @_merge.defjvp
-def _merge_jvp(batch, counted, weighted, primals, tangents):
+def _merge_jvp(batch, n, weighted, primals, tangents):
     (own,), (d,) = primals, tangents
-    merged = _merge(batch, counted, weighted, own)
-    n = _divisor(merged.count)
-    weight = own.count / n
+    merged = _merge(batch, n, weighted, own)
+    count = _divisor(merged.count)
+    weight = own.count / count
     centred = (own.shift - merged.shift) + (own.offset - merged.offset)
     centred = jnp.where(weight > 0, centred, 0)
     d_offset = times(weight, d.offset)
     d_var = weight * (d.var + 2 * times(jnp.conj(centred), d.offset).real)
     terms = d_offset, d_var
     if weighted:
-        d_weight = d.count / n
+        d_weight = d.count / count
         terms = (
             d_offset + times(d_weight, centred),
             d_var + d_weight * (own.var + abs2(centred) - merged.var),
