@@ -1,8 +1,10 @@
 """`examples/distributed.py` on real processes: losses, failures, resuming, and bad input."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -10,7 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 pytestmark = pytest.mark.standard_jax
@@ -151,3 +156,139 @@ def test_a_failure_ends_the_others(start, tmp_path, index, fault, causes):
     if fault == "raise":
         assert "RuntimeError: injected" in run[index].await_failure(since=time.monotonic())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The module; it must stop before it joins other processes or trains."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module("distributed")
+    monkeypatch.setattr(jax.distributed, "initialize", None)  # calling it would be a TypeError
+    monkeypatch.setattr(module, "train_step", None)
+    yield module
+    for name in ("distributed", "flax_linen"):
+        del sys.modules[name]
+
+
+def usage_error(example, capsys, *flags):
+    """What main says to bad flags."""
+    with pytest.raises(SystemExit) as exit_info:
+        example.main([str(flag) for flag in flags])
+    assert exit_info.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--batch-size", "--checkpoint-every"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_numbers_that_are_not_positive(example, capsys, flag, value):
+    message = f"argument {flag}: must be a whole number, 1 or more, not '{value}'"
+    assert message in usage_error(example, capsys, flag, value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch-size 66", "--batch-size must divide among the 4 devices: 64 or 68, not 66"),
+        ("--batch-size 3", "--batch-size must divide among the 4 devices: 4, not 3"),
+        ("--batch-size 1348", "--batch-size must be at most 1347, the training images, not 1348"),
+        ("--seed -1", "--seed must be from 0 to 2**32 - 1, not -1"),
+        ("--process-id 0", "--coordinator and --process-id need --num-processes"),
+        ("--coordinator a:1", "--coordinator and --process-id need --num-processes"),
+        ("--num-processes 2 --process-id 2 --coordinator a:1", "must be from 0 to 1, not 2"),
+        ("--num-processes 2 --process-id -1 --coordinator a:1", "must be from 0 to 1, not -1"),
+        ("--num-processes 2 --process-id 0", "--process-id needs --coordinator"),
+        ("--num-processes 2 --coordinator host", "--coordinator must be HOST:PORT, not 'host'"),
+        ("--num-processes 2 --coordinator a:99999", "must be HOST:PORT, not 'a:99999'"),
+        ("--cluster --num-processes 2", "--cluster finds --coordinator, --num-processes and"),
+    ],
+)
+def test_flags_that_do_not_fit(example, capsys, tmp_path, flags, message):
+    folder = tmp_path / "checkpoints"
+    assert message in usage_error(example, capsys, *flags.split(), "--checkpoint-dir", folder)
+    assert not folder.exists()
+
+
+def test_coordinator_that_does_not_answer(example, capsys):
+    address = f"localhost:{free_port()}"
+    flags = ["--num-processes", "2", "--coordinator", address, "--start-timeout", "1"]
+    error = usage_error(example, capsys, *flags, "--process-id", "1")
+    assert f"--coordinator: nothing answered at {address} for 1 s" in error
+
+
+def test_coordinator_whose_port_is_taken(example, capsys):
+    with socket.create_server(("", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        flags = ["--num-processes", "2", "--coordinator", address, "--process-id", "0"]
+        error = usage_error(example, capsys, *flags)
+    assert f"--coordinator: process 0 cannot listen at {address}" in error
+
+
+def test_no_cluster(example, capsys, monkeypatch):
+    def initialize(*args, **kwargs):
+        raise ValueError("coordinator_address should be defined.")  # as JAX's does then
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert "--cluster: JAX finds no cluster here" in usage_error(example, capsys, "--cluster")
+
+
+def test_folder_that_cannot_be(example, capsys, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    for folder in (taken, taken / "below"):
+        error = usage_error(example, capsys, "--checkpoint-dir", folder)
+        assert "--checkpoint-dir must be a folder that can be created and written" in error
+    assert list(tmp_path.iterdir()) == [taken]
+    assert taken.read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "was"),
+    [
+        ({"order": "--batch-size 64 --seed 1"}, "--batch-size 64 --seed 1"),
+        ({"order": "--batch-size 32 --seed 0"}, "--batch-size 32 --seed 0"),
+        ({}, "no known flags"),
+    ],
+)
+def test_checkpoint_of_other_data(example, capsys, tmp_path, monkeypatch, metadata, was):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(5, args=ocp.args.StandardSave({"a": jnp.ones(1)}), custom_metadata=metadata)
+    monkeypatch.setattr(example, "initial_state", jnp.asarray)  # it is not reached
+    error = usage_error(example, capsys, "--checkpoint-dir", tmp_path)
+    assert f"{tmp_path / '5'} was saved with {was}, and --batch-size 64 --seed 0 would" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_commands_of_the_processes(example, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["examples/distributed.py"])
+    example.main(["--num-processes", "3", "--seed", "7"])
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    given = [sys.executable, "examples/distributed.py", "--num-processes", "3", "--seed", "7"]
+    assert [command[:6] for command in commands] == 3 * [given]
+    options = [dict(zip(c[6::2], c[7::2], strict=True)) for c in commands]
+    assert [option["--process-id"] for option in options] == ["0", "1", "2"]
+    assert re.fullmatch(r"localhost:\d+", options[0]["--coordinator"])
+    assert len({option["--coordinator"] for option in options}) == 1
+
+
+def test_processes_slice_one_order(example, monkeypatch):
+    """Each image once an epoch, but what fills no batch; epochs, and seeds, in other orders."""
+    digits = example.Digits([(i, i) for i in range(22)], ())
+
+    def steps(processes, seed=0):
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        parts = []
+        for index in range(processes):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            batches = example.local_batches(digits, batch_size=4, seed=seed, epochs=2)
+            parts.append([batches[i][0] for i in range(len(batches))])
+        return np.concatenate(parts, axis=1)  # [steps, images of a batch]
+
+    whole = steps(1)
+    assert whole.shape == (10, 4)
+    for epoch in (whole[:5], whole[5:]):
+        assert len(set(epoch.flat)) == 20
+    assert (whole[:5] != whole[5:]).any()
+    assert set(whole[:5].flat) != set(whole[5:].flat)  # other ones are left out
+    assert (steps(1, seed=1) != whole).any()
+    for processes in (2, 4):
+        np.testing.assert_array_equal(steps(processes), whole)
