@@ -121,7 +121,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, digits: Dig
     data, last = iter(batches[start:].to_iter_dataset()), len(batches)
     reports = jax.process_index() == 0
     if reports and start:
-        print(f"{args.checkpoint_dir} is of step {start} of {last}")
+        print(f"Restored step {start} of {last} from {args.checkpoint_dir}")
     steps = tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not reports)
     for step in steps:
         images, labels = jax.make_array_from_process_local_data(cut, next(data))
