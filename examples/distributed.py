@@ -1,4 +1,4 @@
-"""Data-parallel training on digits, on one process or many, that survives the loss of any of them.
+"""Data-parallel training on digits, on one process or many, which resumes when any of them fails.
 
 The network and its steps are those of `flax_linen.py`, unchanged: what is new is where arrays lie,
 the state on every device and the batch cut over all devices of all processes. Under `jit` batch
@@ -91,7 +91,10 @@ def restore(
     step = manager.latest_step()
     if step is None:
         return state, 0
-    saved = (manager.metadata(step).custom_metadata or {}).get("order", "no known flags")
+    try:
+        saved = manager.metadata(step).custom_metadata["order"]
+    except (KeyError, ValueError):  # it is not of this script
+        saved = "no known flags"
     if saved != order:
         parser.error(
             f"--checkpoint-dir: {manager.directory / f'{step}'} was saved with {saved}, and "
@@ -262,9 +265,7 @@ def check_batch_size(parser: argparse.ArgumentParser, size: int, images: int) ->
     below = size // len(devices) * len(devices)
     if below != size:
         near = " or ".join(f"{n}" for n in (below, below + len(devices)) if n)
-        parser.error(
-            f"--batch-size must divide among the {len(devices)} devices: {near}, not {size}"
-        )
+        parser.error(f"--batch-size must divide among {len(devices)} devices: {near}, not {size}")
     if size > images:
         parser.error(f"--batch-size must be at most {images}, the training images, not {size}")
 

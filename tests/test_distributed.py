@@ -188,8 +188,8 @@ def test_numbers_that_are_not_positive(example, capsys, flag, value):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--batch-size 66", "--batch-size must divide among the 4 devices: 64 or 68, not 66"),
-        ("--batch-size 3", "--batch-size must divide among the 4 devices: 4, not 3"),
+        ("--batch-size 66", "--batch-size must divide among 4 devices: 64 or 68, not 66"),
+        ("--batch-size 3", "--batch-size must divide among 4 devices: 4, not 3"),
         ("--batch-size 1348", "--batch-size must be at most 1347, the training images, not 1348"),
         ("--seed -1", "--seed must be from 0 to 2**32 - 1, not -1"),
         ("--process-id 0", "--coordinator and --process-id need --num-processes"),
@@ -246,16 +246,29 @@ def test_folder_that_cannot_be(example, capsys, tmp_path):
     [
         ({"order": "--batch-size 64 --seed 1"}, "--batch-size 64 --seed 1"),
         ({"order": "--batch-size 32 --seed 0"}, "--batch-size 32 --seed 0"),
-        ({}, "no known flags"),
+        (None, "no known flags"),
     ],
 )
-def test_checkpoint_of_other_data(example, capsys, tmp_path, monkeypatch, metadata, was):
+@pytest.mark.parametrize("composite", [False, True])
+def test_checkpoint_of_other_data(example, capsys, tmp_path, monkeypatch, metadata, was, composite):
+    items = ocp.args.StandardSave({"a": jnp.ones(1)})
+    if composite:
+        items, was = ocp.args.Composite(state=items), "no known flags"
     with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(5, args=ocp.args.StandardSave({"a": jnp.ones(1)}), custom_metadata=metadata)
+        manager.save(5, args=items, custom_metadata=metadata)
     monkeypatch.setattr(example, "initial_state", jnp.asarray)  # it is not reached
     error = usage_error(example, capsys, "--checkpoint-dir", tmp_path)
     assert f"{tmp_path / '5'} was saved with {was}, and --batch-size 64 --seed 0 would" in error
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_help(example, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        example.main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert "python examples/distributed.py --num-processes 2" in text
+    assert "seconds to wait for the others (default: 60)" in text
 
 
 def test_commands_of_the_processes(example, capsys, monkeypatch):
