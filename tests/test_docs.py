@@ -24,7 +24,7 @@ pytestmark = pytest.mark.standard_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ("README.md", "docs/gradient_accumulation.md")
+PAGES = ("README.md", "docs/gradient_accumulation.md", "docs/distributed.md")
 MODULES = (jbn._moments, jbn._batch_norm, jbn._remat, jbn._running, jbn.linen, jbn.nnx)
 
 
