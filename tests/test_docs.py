@@ -136,6 +136,31 @@ def test_readme_figures_of_the_networks():
     assert resnets[1][4] == resnets[2][4]  # as many sums
 
 
+def test_figures_of_the_communication():
+    """The megabytes are those of the committed table, and so is what stays below 1 %."""
+    page = (ROOT / "docs/distributed.md").read_text()
+    output = (RESULTS / "communication-cuda.txt").read_text()
+    cells = _cells(output.split("Communication of a ResNet-50")[1], "│")
+    sent = {(layer, devices): megabytes for devices, layer, megabytes, *_ in cells}
+    (_, *header), _, *rows = [c for c in _cells(page, "|") if len(c) == 5]
+    assert len(rows) == 2
+    for name, *figures in rows:
+        layer = name.partition(",")[0].lower()
+        assert figures == [sent[layer, devices] for devices in header], name
+    limits = {
+        (platform, images): re.search(f"jbn, {images} images: .* up to (\\d+) devices", text)[1]
+        for platform in ("cuda", "tpu")
+        for text in [(RESULTS / f"communication-{platform}.txt").read_text()]
+        for images in (64, 256)
+    }
+    order = [(platform, images) for images in (64, 256) for platform in ("cuda", "tpu")]
+    told = (
+        "up to {0} H100s, which is one node, and up to {1} chips of a TPU v5e; "
+        "with 256 images, up to {2} and {3}."
+    )
+    assert told.format(*(limits[key] for key in order)) in " ".join(page.split())
+
+
 def test_readme_figures_of_the_speed():
     """Ratios and errors are those of the committed measurement."""
     measured = json.loads((RESULTS / "cpu.json").read_text())
@@ -174,9 +199,11 @@ def _cells(text, bar):
     return [[cell.strip() for cell in line.strip(bar).split(bar)] for line in lines]
 
 
-def test_readme_links():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [*PAGES, "docs/migrating.md"])
+def test_links(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
 
 
 def run(code, **env):
