@@ -188,9 +188,9 @@ def test_numbers_that_are_not_positive(example, capsys, flag, value):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--batch-size 66", "--batch-size must divide among 4 devices: 64 or 68, not 66"),
-        ("--batch-size 3", "--batch-size must divide among 4 devices: 4, not 3"),
-        ("--batch-size 1348", "--batch-size must be at most 1347, the training images, not 1348"),
+        ("--batch-size 66", "--batch-size must divide among 8 devices: 64 or 72, not 66"),
+        ("--batch-size 3", "--batch-size must divide among 8 devices: 8, not 3"),
+        ("--batch-size 1352", "--batch-size must be at most 1347, the training images, not 1352"),
         ("--seed -1", "--seed must be from 0 to 2**32 - 1, not -1"),
         ("--process-id 0", "--coordinator and --process-id need --num-processes"),
         ("--coordinator a:1", "--coordinator and --process-id need --num-processes"),
