@@ -290,7 +290,8 @@ def _rstd(var: jax.Array, epsilon: Any, empty: jax.Array | None = None) -> jax.A
 def _rsqrt(v: jax.Array) -> jax.Array:
     """1 / sqrt(v), where that is finite and not 0; elsewhere 0, and so are its derivatives."""
     regular = (v != 0) & (v != jnp.inf)
-    return jnp.where(regular, lax.rsqrt(jnp.where(regular, v, 1)), 0)
+    r = lax.rsqrt(lax.select(regular, v, jnp.ones_like(v)))
+    return lax.select(regular, r, jnp.zeros_like(r))
 
 
 def _normalize(

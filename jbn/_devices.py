@@ -123,9 +123,8 @@ def _differentiate(primals, tangents, *, local, axes, jaxpr):
         x, mask, *_ = (*varied, *primals[n:], None)
         return [*local(axes, Batch(), x, mask)]
 
-    return out, jax.jvp(plain, list(primals[:n]), [ad.instantiate_zeros(t) for t in tangents[:n]])[
-        1
-    ]
+    tangents = [ad.instantiate_zeros(t) for t in tangents[:n]]
+    return out, jax.jvp(plain, list(primals[:n]), tangents)[1]
 
 
 def _batch(operands, mapped, *, local, axes, jaxpr):
@@ -215,9 +214,8 @@ def _split(x: jax.ShapeDtypeStruct) -> tuple[Any, PartitionSpec]:
     """How XLA splits `x`, but for axes that do not divide: XLA would pad them with anything."""
     sharding: Any = x.sharding
     if not isinstance(sharding, NamedSharding):  # where no mesh is known, nor any use of it
-        return Mesh(np.array(list(sharding.device_set)), ("device",)), PartitionSpec(
-            *[None] * x.ndim
-        )
+        mesh = Mesh(np.array(list(sharding.device_set)), ("device",))
+        return mesh, PartitionSpec(*[None] * x.ndim)
     sizes = (math.prod(sharding.mesh.shape[n] for n in _tuple(names)) for names in sharding.spec)
     even = (
         names if n % size == 0 else None
