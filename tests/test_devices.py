@@ -174,6 +174,40 @@ def test_sharded_arrays_under_jit(kind, name):
         assert y.sharding.is_equivalent_to(args["x"].sharding, y.ndim)
 
 
+@pytest.mark.parametrize("split", ["shard_map", "Auto", "Explicit"])
+def test_no_valid_element_on_any_device(split):
+    """Moments of nothing, and y = activation(bias + residual) with the gradients of that."""
+    args = {**draw(True), "mask": np.zeros_like(MASK)}
+    x, scale, bias, residual = (args[k] for k in NAMES)
+
+    def f(x, residual, mask, dy, **options):
+        def loss(x, residual):
+            y, moments = norm(x, scale, bias, residual, mask, **options)
+            return jnp.sum(y * dy) + jnp.sum(moments.mean + moments.var), (y, moments)
+
+        grads, out = jax.grad(loss, (0, 1), has_aux=True)(x, residual)
+        return *out, grads
+
+    parts = (x, residual, args["mask"], args["dy"])
+    if split == "shard_map":
+        f = jax.shard_map(
+            functools.partial(f, axis_name="d"),
+            mesh=mesh_of((8,), ("d",)),
+            in_specs=P("d"),
+            out_specs=(P("d"), P(), P("d")),
+        )
+    else:
+        sharding = jax.NamedSharding(mesh_of((8,), ("d",), AxisType[split]), P("d"))
+        parts = jax.device_put(parts, sharding)
+    y, moments, (dx, dresidual) = jax.jit(f)(*parts)
+    expected_y = np.tanh(bias + residual)
+    close(y, expected_y)
+    for moment in moments:
+        np.testing.assert_array_equal(moment, 0)
+    np.testing.assert_array_equal(dx, 0)
+    close(dresidual, args["dy"] * (1 - expected_y**2))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (2, 2)], ids=str)
 def test_fewer_devices_under_jit(kind, sizes):
