@@ -122,14 +122,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds must be 1 or more, not {args.rounds}")
-    for flag in ("json", "plot"):
-        if path := getattr(args, flag):
-            try:
-                results.check_writable(path)
-            except OSError as error:
-                parser.error(f"--{flag} must be a file that can be written: {error}")
-    if args.json and args.json == args.plot:
-        parser.error(f"--json and --plot must be two files, not {args.json} both")
+    results.check_files(parser, args)
     if args.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     args.run = args.platform in (HERE, "cpu") or has_device(args.platform)

@@ -8,7 +8,6 @@ what share of a ResNet-50's training step that is, by published speeds. For 256 
 about 400 programs, in six minutes on two cores.
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -34,8 +33,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 import jbn.linen
-from benchmarks import hlo, networks, results
-from benchmarks.traffic import COMPILERS, LAYERS, missing
+from benchmarks import hlo, networks, results, traffic
+from benchmarks.traffic import LAYERS
 
 FEATURES = (64, 256, 2048)
 LOCAL = (8, 14, 14)  # batch, height and width of each device's part of x
@@ -528,26 +527,13 @@ def as_json(platform: str, records: Sequence[Record]) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables of one platform, and writes the files once everything is done."""
-    parser = argparse.ArgumentParser(
-        description="Communication of batch norm, from compiled programs alone.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--platform", choices=sorted(COMPILERS), default="cpu", help="compiled for")
+    parser = traffic.make_parser("Communication of batch norm, from compiled programs alone.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all numbers go")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where the plot of bytes goes")
-    args = parser.parse_args(argv)
-    if packages := missing(args.platform):
-        parser.error(f"--platform {args.platform} needs: pip install {packages}")
+    args = traffic.parse_args(parser, argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs: pip install matplotlib")
-    for flag in ("json", "plot"):
-        if path := getattr(args, flag):
-            try:
-                results.check_writable(path)
-            except OSError as error:
-                parser.error(f"--{flag} must be a file that can be written: {error}")
-    jax.config.update("jax_platforms", "cpu")
+    results.check_files(parser, args)
     with contextlib.suppress(RuntimeError):  # JAX has started, with what devices it has
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
     records = measure(args.platform)

@@ -10,7 +10,6 @@ Two networks, each with Flax's layer and with jbn's:
   each block names what is worth keeping.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jbn.linen
-from benchmarks import hlo
-from benchmarks.traffic import COMPILERS, compile_for, missing
+from benchmarks import hlo, traffic
 
 SHAPE = (64, 28, 28, 128)  # the third stage of a ResNet-50
 IMAGES = (64, 224, 224, 3)
@@ -208,7 +206,7 @@ def compile_step(platform: str, model: nn.Module, shape: tuple[int, ...], dtype:
     labels = jax.ShapeDtypeStruct(shape[:1], "int32")
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     step = functools.partial(train_step, model)
-    return compile_for(platform, step, variables, images, labels)
+    return traffic.compile_for(platform, step, variables, images, labels)
 
 
 def measure(compiled: Any) -> Step:
@@ -260,21 +258,15 @@ def _temporaries(step: Step, flax: Step) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table of one platform."""
-    parser = argparse.ArgumentParser(
-        description="Memory and traffic of whole networks, from compiled programs alone.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    parser = traffic.make_parser(
+        "Memory and traffic of whole networks, from compiled programs alone."
     )
-    parser.add_argument("--platform", choices=sorted(COMPILERS), default="cpu", help="compiled for")
     parser.add_argument(
         "--resnet50",
         action="store_true",
         help="compile ResNet-50 too; always done for cuda, seven minutes for tpu",
     )
-    args = parser.parse_args(argv)
-    if packages := missing(args.platform):
-        parser.error(f"--platform {args.platform} needs: pip install {packages}")
-    jax.config.update("jax_platforms", "cpu")
+    args = traffic.parse_args(parser, argv)
     Console().print(table(args.platform, args.resnet50))
 
 

@@ -1,5 +1,6 @@
 """Where results come from and where they go: machine, versions, whole files."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -43,12 +44,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def check_writable(path: Path) -> None:
-    """Makes the folder of a file and raises `OSError` if the file could not be written."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The files of --json and --plot can be written, their folders are there afterwards."""
+    for flag in ("json", "plot"):
+        if path := getattr(args, flag):
+            try:
+                if path.is_dir():
+                    raise IsADirectoryError(f"{path} is a folder")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=path.parent).close()
+            except OSError as error:
+                parser.error(f"--{flag} must be a file that can be written: {error}")
+    if args.json and args.json == args.plot:
+        parser.error(f"--json and --plot must be two files, not {args.json} both")
 
 
 def write_whole(path: Path, content: bytes) -> None:

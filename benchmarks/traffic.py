@@ -148,14 +148,29 @@ def table(platform: str, dtypes: Sequence[str], shape: tuple[int, ...] = SHAPE) 
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table of one platform."""
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """With the flag of what compiles for any platform."""
     parser = argparse.ArgumentParser(
-        description="Memory traffic of batch norm, from compiled programs alone.",
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--platform", choices=sorted(COMPILERS), default="cpu", help="compiled for")
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, once the platform's compiler is found."""
+    args = parser.parse_args(argv)
+    if packages := missing(args.platform):
+        parser.error(f"--platform {args.platform} needs: pip install {packages}")
+    jax.config.update("jax_platforms", "cpu")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table of one platform."""
+    parser = make_parser("Memory traffic of batch norm, from compiled programs alone.")
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -163,10 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=["float32", "bfloat16"],
         help="of x",
     )
-    args = parser.parse_args(argv)
-    if packages := missing(args.platform):
-        parser.error(f"--platform {args.platform} needs: pip install {packages}")
-    jax.config.update("jax_platforms", "cpu")
+    args = parse_args(parser, argv)
     Console().print(table(args.platform, args.dtypes))
 
 

@@ -360,7 +360,7 @@ def test_an_interrupted_run_leaves_no_file(quick, tmp_path, monkeypatch):
 )
 def test_bad_flags(flags, message, monkeypatch, capsys):
     packages = {"tpu": "some-package==1.0"}
-    monkeypatch.setattr(communication, "missing", lambda platform: packages.get(platform, ""))
+    monkeypatch.setattr(traffic, "missing", lambda platform: packages.get(platform, ""))
     monkeypatch.setattr(communication, "measure", None)  # refused before it starts
     with pytest.raises(SystemExit) as exit_info:
         communication.main(flags)

@@ -92,7 +92,7 @@ def test_all_are_one_network(name):
 
 
 def test_a_missing_compiler_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(networks, "missing", lambda platform: "some-package==1.0")
+    monkeypatch.setattr(traffic, "missing", lambda platform: "some-package==1.0")
     with pytest.raises(SystemExit) as exit_info:
         networks.main(["--platform", "tpu"])
     assert exit_info.value.code == 2
