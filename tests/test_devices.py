@@ -156,19 +156,23 @@ def program(args, custom_vjp=True):
     return *out, dict(zip(NAMES, grads, strict=True))
 
 
-def shard(args, mesh, spec):
-    """x, and what has its shape, split; the rest left as it is."""
-    sharding = jax.NamedSharding(mesh, spec)
-    whole = ("x", "residual", "dy")
-    return {k: jax.device_put(v, sharding) if k in whole else v for k, v in args.items()}
+def shard(args, mesh, spec, rest=None):
+    """x, and what has its shape, split; the rest by another spec, or left as it is."""
+    split = ("x", "residual", "dy")
+    specs = {k: spec if k in split else rest for k, v in args.items() if v is not None}
+    return args | {
+        k: jax.device_put(args[k], jax.NamedSharding(mesh, s))
+        for k, s in specs.items()
+        if s is not None
+    }
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_sharded_arrays_under_jit(kind, name):
     """With no argument at all; `jax.make_mesh` makes Explicit axes unless told otherwise."""
-    for masked in (True, False):
-        args = shard(draw(masked), mesh_of((4, 2), ("d", "s"), kind), SPECS[name])
+    for masked, rest in ((True, P()), (False, None)):
+        args = shard(draw(masked), mesh_of((4, 2), ("d", "s"), kind), SPECS[name], rest)
         y, moments, grads = program(args)
         close((y, moments, grads), expected(masked))
         assert y.sharding.is_equivalent_to(args["x"].sharding, y.ndim)
@@ -239,14 +243,15 @@ def test_under_set_mesh(kind):
 
 def test_axes_that_do_not_divide_among_the_devices():
     """Inside jit, XLA splits 13 rows over 4 devices, and pads."""
-    args = {k: v[:13] if np.ndim(v) == 4 else v for k, v in draw(True).items()}
-    mesh = mesh_of((4, 2), ("d", "s"))
 
-    @jax.jit
-    def sliced(args):
-        return program({k: v[:13] if np.ndim(v) == 4 else v for k, v in args.items()})
+    def cut(args):
+        return {k: v[:13] if np.ndim(v) == 4 else v for k, v in args.items()}
 
-    close(sliced(shard(draw(True), mesh, P("d", "s"))), program(args))
+    sliced = jax.jit(lambda args: program(cut(args)))
+    for masked in (True, False):
+        args = draw(masked)
+        sharded = shard(args, mesh_of((4, 2), ("d", "s")), P("d", "s"))
+        close(sliced(sharded), program(cut(args)))
 
 
 @pytest.mark.parametrize("spec", [P(None, "d", "s"), P("s", "d")], ids=str)
