@@ -210,18 +210,35 @@ def _infer(local, axes, mesh, args, results):
     return jax.tree.map(lambda _: NamedSharding(mesh, _feature_spec(axes, spec)), results)
 
 
-def _split(x: jax.ShapeDtypeStruct) -> tuple[Any, PartitionSpec]:
-    """How XLA splits `x`, but for axes that do not divide: XLA would pad them with anything."""
+def _split(x: jax.ShapeDtypeStruct) -> tuple[Mesh, PartitionSpec]:
+    """How XLA splits `x`, over a mesh whose axes are as small as can be.
+
+    XLA may split an array by a part of a mesh axis, after a reshape for one, so the axes are prime.
+    What it would pad, with anything, and what no order of the axes explains is not split.
+    """
     sharding: Any = x.sharding
-    if not isinstance(sharding, NamedSharding):  # where no mesh is known, nor any use of it
-        mesh = Mesh(np.array(list(sharding.device_set)), ("device",))
-        return mesh, PartitionSpec(*[None] * x.ndim)
-    sizes = (math.prod(sharding.mesh.shape[n] for n in _tuple(names)) for names in sharding.spec)
-    even = (
-        names if n % size == 0 else None
-        for n, names, size in zip(x.shape, sharding.spec, sizes, strict=True)
-    )
-    return sharding.mesh, PartitionSpec(*even)
+    devices = np.array(sharding._device_assignment)
+    sizes = _primes(devices.size)
+    names = [f"d{i}" for i in range(len(sizes))]
+    strides = {math.prod(sizes[i + 1 :]): i for i in range(len(sizes))}
+    spec: list[Any] = [None] * x.ndim
+    hlo = sharding._to_xla_hlo_sharding(x.ndim)
+    if hlo.is_tiled():
+        tiles = np.reshape(hlo.tile_assignment_devices(), hlo.tile_assignment_dimensions())
+        for i, n in enumerate(x.shape):
+            along, found, step = np.moveaxis(tiles, i, 0).reshape(tiles.shape[i], -1)[:, 0], [], 1
+            while step < len(along) and (k := strides.get(along[step] - along[0])) is not None:
+                found.insert(0, names[k])
+                step *= sizes[k]
+            if step == len(along) and n % step == 0:
+                spec[i] = tuple(found) or None
+    return Mesh(devices.reshape(sizes), names), PartitionSpec(*spec)
+
+
+def _primes(n: int) -> list[int]:
+    """The prime factors of n."""
+    factor = next((k for k in range(2, n) if n % k == 0), n)
+    return [] if n == 1 else [factor, *_primes(n // factor)]
 
 
 def _sharding_rule(local, axes, mesh, args, results):
@@ -238,7 +255,7 @@ def _sharding_rule(local, axes, mesh, args, results):
     return ", ".join(map(" ".join, operands)) + " -> " + ", ".join([result] * len(results))
 
 
-_by_compiler.def_partition(_partition, _infer, sharding_rule=_sharding_rule)
+_by_compiler.def_partition(_partition, _infer, sharding_rule=_sharding_rule, decode_shardings=False)
 
 
 def _tuple(names: Any) -> tuple[Any, ...]:
