@@ -341,6 +341,13 @@ def align_varying(*arrays: jax.Array | None) -> tuple[Any, ...]:
     return tuple(cast(a) for a in arrays)
 
 
+def vary_over(v: jax.Array, names: Sequence[Any]) -> jax.Array:
+    """Casts to vary over mesh axes of `shard_map`, also those along which `v` is the same."""
+    held = jax.typeof(v).manual_axis_type.varying
+    missing = tuple(name for name in names if name in device_axes() and name not in held)
+    return jax.lax.pcast(v, missing, to="varying") if missing else v
+
+
 def shard_like(v: jax.Array, like: jax.Array) -> jax.Array:
     """Gives `v` the sharding of `like`, where a mesh of Explicit axes makes it part of the type."""
     return _shard(v, jax.typeof(like).sharding)

@@ -313,6 +313,8 @@ def _normalize(
 ) -> jax.Array:
     """y from statistics: what is O(C) is done here and differentiated by JAX, the rest below."""
     width = _axes.real_dtype(spec.computed)
+    if args.residual is not None:
+        args = args._replace(residual=_axes.shard_like(args.residual, args.x))
     scale, bias = args.features.get("scale"), args.features.get("bias")
     factor = rstd.astype(width)
     if scale is not None:  # where rstd is 0 for overflow, the sum of dz (x - mean) may be infinite

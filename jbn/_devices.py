@@ -97,7 +97,8 @@ def over_shards(
     local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None
 ) -> Sequence[jax.Array]:
     """`local` of what each device holds of `x`, merged over those that share the features."""
-    if device_axes():  # x is a part already
+    known = all(isinstance(n, int) for n in x.shape)  # not so in a program that is exported
+    if device_axes() or not known or x.size == 0:  # inside a mapping x is a part already
         return local(axes, Batch(), x, mask)
     operands = (x,) if mask is None else (x, mask)
     jaxpr = jax.make_jaxpr(functools.partial(_told, local, axes))(*operands)

@@ -1,6 +1,7 @@
 """Statistics of a batch: one accurate pass, masks, merging."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -435,6 +436,8 @@ def _merged(
     """The statistics of this device's `x`, merged with those of the others in its batch."""
     if not batch.exchanges:
         return stats
+    names = tuple(itertools.chain(*batch.exchanges))
+    stats = Statistics(*(_axes.vary_over(v, names) for v in stats))
     if mask is None:
         return _merge(batch, axes.reduced_size(x.shape), False, stats)
     return _merge(batch, None, jnp.issubdtype(mask.dtype, jnp.floating), stats)

@@ -254,6 +254,22 @@ def test_axes_that_do_not_divide_among_the_devices():
         close(sliced(sharded), program(cut(args)))
 
 
+@pytest.mark.parametrize("shape", [(4, 4, 6), (2, 8, 6), (8, 2, 2, 3)], ids=str)
+def test_a_batch_reshaped_inside_jit(shape):
+    """XLA may then split an axis by a part of a mesh axis."""
+    x = np.random.default_rng(0).normal(size=(16, 6))
+
+    def f(x):
+        y, pull, moments = jax.vjp(
+            lambda x: jbn.batch_norm(x.reshape(shape).swapaxes(0, 1)), x, has_aux=True
+        )
+        return y, moments, pull(jnp.sin(y))
+
+    for sizes, spec in (((8,), P("d")), ((4, 2), P(("s", "d")))):
+        mesh = mesh_of(sizes, ("d", "s")[: len(sizes)])
+        close(jax.jit(f)(jax.device_put(x, jax.NamedSharding(mesh, spec))), f(x))
+
+
 @pytest.mark.parametrize("spec", [P(None, "d", "s"), P("s", "d")], ids=str)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_an_ensemble_of_sharded_batches(kind, spec):
@@ -430,6 +446,34 @@ def test_closed_over_slope_under_shard_map():
     close(jax.grad(f, (0, 1))(*args), jax.grad(total, (0, 1))(*args))
 
 
+@pytest.mark.parametrize(
+    ("name", "spec"), [("d", P()), ("d", P("s")), (("d", "s"), P("d")), (("d", "s"), P())], ids=str
+)
+def test_a_batch_that_is_not_split_over_every_named_axis(name, spec):
+    """Every device along the others holds it again, and the moments stay the same."""
+    x = np.random.default_rng(0).normal(size=(8, 3))
+
+    def f(x, **options):
+        y, moments = jbn.batch_norm(x, **options)
+        return jnp.sum(jnp.sin(y)), moments.mean, moments.var
+
+    def local(x):
+        loss, *_ = f(x, axis_name=name)
+        varying = tuple(jax.typeof(loss).manual_axis_type.varying)
+        # Only the axes that split x have other rows, by which the loss adds up.
+        axes = tuple(a for a in varying if a in spec)
+        loss = jax.lax.psum(loss, axes) if axes else loss
+        rest = tuple(a for a in varying if a not in axes)
+        return jax.lax.pmean(loss, rest) if rest else loss
+
+    split = "s" in spec and name == "d"  # then each half along s is a batch of its own
+    f_mapped = jax.shard_map(local, mesh=mesh_of((4, 2), ("d", "s")), in_specs=spec, out_specs=P())
+    value, grad = jax.value_and_grad(f_mapped)(x)
+    parts = [x[:4], x[4:]] if split else [x]
+    close(value, sum(f(part)[0] for part in parts))
+    close(grad, np.concatenate([jax.grad(lambda x: f(x)[0])(part) for part in parts]))
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("split", ["shard_map", "Auto", "Explicit"])
 def test_accuracy_does_not_depend_on_the_split(split, devices):
@@ -457,6 +501,31 @@ def test_a_program_for_many_devices_is_exported():
     exported = jax.export.export(jax.jit(jbn.batch_norm))(args["x"])
     assert exported.nr_devices == 8
     close(jax.jit(exported.call)(args["x"]), jbn.batch_norm(draw(False)["x"]))
+
+
+def test_a_symbolic_batch_under_set_mesh():
+    (n,) = jax.export.symbolic_shape("n")
+    grad = jax.grad(lambda x: jnp.sum(jnp.sin(jbn.batch_norm(x)[0])))
+    with jax.set_mesh(mesh_of((8,), ("d",))):
+        exported = jax.export.export(jax.jit(grad))(jax.ShapeDtypeStruct((n, 6), np.float64))
+    assert exported.nr_devices == 8
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_no_channels(kind):
+    mesh = mesh_of((8,), ("d",), kind)
+    x = jax.device_put(np.ones((8, 0)), jax.NamedSharding(mesh, P("d")))
+    assert jax.jit(jbn.moments)(x).mean.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_residual_split_apart_from_x(kind):
+    args = draw(True)
+    mesh = mesh_of((4, 2), ("d", "s"), kind)
+    for spec in (P(), P(None, "d")):
+        sharded = shard(args, mesh, P("d", "s"))
+        sharded["residual"] = jax.device_put(args["residual"], jax.NamedSharding(mesh, spec))
+        close(program(sharded), expected(True))
 
 
 BAD_GROUPS = {
