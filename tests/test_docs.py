@@ -13,24 +13,19 @@ import numpy as np
 import pytest
 
 import jbn
-import jbn._batch_norm
-import jbn._moments
-import jbn._remat
-import jbn._running
-import jbn.linen
-import jbn.nnx
 
 pytestmark = pytest.mark.standard_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = ("README.md", "docs/gradient_accumulation.md", "docs/distributed.md")
-MODULES = (jbn._moments, jbn._batch_norm, jbn._remat, jbn._running, jbn.linen, jbn.nnx)
+FILES = [path for path in sorted((ROOT / "jbn").rglob("*.py")) if ">>> " in path.read_text()]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
-def test_docstring_examples(module):
-    failed, attempted = doctest.testmod(module)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstring_examples(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    failed, attempted = doctest.testmod(importlib.import_module(name))
     assert attempted >= 2
     assert failed == 0
 
