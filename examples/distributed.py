@@ -34,6 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax_linen import TEST_SIZE, TrainState, eval_step, init_state, train_step
+from jax.experimental.multihost_utils import (
+    broadcast_one_to_all,
+    process_allgather,
+    sync_global_devices,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -91,16 +96,20 @@ def restore(
     step = manager.latest_step()
     if step is None:
         return state, 0
+    path = manager.directory / f"{step}"
     try:
-        saved = manager.metadata(step).custom_metadata["order"]
-    except (KeyError, ValueError):  # it is not of this script
-        saved = "no known flags"
-    if saved != order:
+        saved = (manager.metadata(step).custom_metadata or {})["order"]
+        if saved != order:
+            parser.error(
+                f"--checkpoint-dir: {path} was saved with {saved}, and {order} would change the "
+                "order of the data; choose another folder"
+            )
+        restored: Any = manager.restore(step, args=ocp.args.StandardRestore(state))
+    except Exception as error:  # Orbax has no one kind for what is damaged or not its own
         parser.error(
-            f"--checkpoint-dir: {manager.directory / f'{step}'} was saved with {saved}, and "
-            f"{order} would change the order of the data; choose another folder"
+            f"--checkpoint-dir: {path} is damaged, or not of this script ({type(error).__name__}); "
+            "move it away to go on from the one before, or choose another folder"
         )
-    restored: Any = manager.restore(step, args=ocp.args.StandardRestore(state))
     return restored, step
 
 
@@ -117,15 +126,17 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, digits: Dig
         options=ocp.CheckpointManagerOptions(max_to_keep=2),
         item_handlers=ocp.StandardCheckpointHandler(),
     )
-    order = f"--batch-size {args.batch_size} --seed {args.seed}"
+    order = f"--batch-size {args.batch_size} --seed {args.seed} in {DTYPE}"
     state, start = restore(parser, manager, state, order)
 
     batches = local_batches(digits, args.batch_size, args.seed, args.epochs)
     data, last = iter(batches[start:].to_iter_dataset()), len(batches)
     reports = jax.process_index() == 0
     if reports and start:
-        print(f"Restored step {start} of {last} from {args.checkpoint_dir}")
-    steps = tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not reports)
+        done = "; nothing is left to do" if start >= last else ""
+        print(f"Restored step {start} of {last} from {args.checkpoint_dir}{done}")
+    left = range(start + 1, last + 1)
+    steps = tqdm(left, initial=start, total=last, disable=not (reports and left))
     for step in steps:
         images, labels = jax.make_array_from_process_local_data(cut, next(data))
         state, loss = train_step(state, images, labels)
@@ -243,6 +254,8 @@ def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         except OSError as error:  # JAX would crash
             parser.error(f"--coordinator: process 0 cannot listen at {args.coordinator} ({error})")
         print(f"Waiting at {args.coordinator} for {args.num_processes} processes", flush=True)
+    # Else SIGTERM, which is what plain `kill` and a scheduler send, would only be noted.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             args.coordinator,
@@ -279,6 +292,28 @@ def check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
         parser.error(f"--checkpoint-dir must be a folder that can be created and written: {error}")
 
 
+def check_agreement(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """All processes were given the same flags, and see the one folder."""
+    flags = ("seed", "batch_size", "epochs", "checkpoint_every")
+    own = np.array([*(getattr(args, flag) for flag in flags), DTYPE.itemsize], np.uint32)
+    for name, values in zip((*flags, "JAX_ENABLE_X64"), process_allgather(own).T, strict=True):
+        if len(set(values.tolist())) > 1:
+            name = name if name.isupper() else f"--{name.replace('_', '-')}"
+            parser.error(f"{name} must be the same for all processes, not {values.tolist()}")
+    mark = args.checkpoint_dir / f".seen-{broadcast_one_to_all(np.uint32(time.time_ns() % 2**32))}"
+    if jax.process_index() == 0:
+        mark.touch()
+    sync_global_devices("marked")
+    seen = process_allgather(np.array(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        parser.error(
+            f"--checkpoint-dir must be one folder for all processes; {args.checkpoint_dir} is "
+            f"another for {np.flatnonzero(~seen).tolist()}"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks the flags, joins the other processes and trains."""
     parser = make_parser()
@@ -292,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     digits = load()
     check_batch_size(parser, args.batch_size, len(digits.train))
     check_folder(parser, args.checkpoint_dir)
+    if jax.process_count() > 1:
+        check_agreement(parser, args)
     train(parser, args, digits)
 
 

@@ -244,21 +244,26 @@ def test_folder_that_cannot_be(example, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "was"),
     [
-        ({"order": "--batch-size 64 --seed 1"}, "--batch-size 64 --seed 1"),
-        ({"order": "--batch-size 32 --seed 0"}, "--batch-size 32 --seed 0"),
-        (None, "no known flags"),
+        ({"order": "--batch-size 64 --seed 1 in float32"}, "--batch-size 64 --seed 1 in float32"),
+        ({"order": "--batch-size 32 --seed 0 in float32"}, "--batch-size 32 --seed 0 in float32"),
+        ({"order": "--batch-size 64 --seed 0 in float64"}, "--batch-size 64 --seed 0 in float64"),
+        (None, None),
     ],
 )
 @pytest.mark.parametrize("composite", [False, True])
 def test_checkpoint_of_other_data(example, capsys, tmp_path, monkeypatch, metadata, was, composite):
     items = ocp.args.StandardSave({"a": jnp.ones(1)})
     if composite:
-        items, was = ocp.args.Composite(state=items), "no known flags"
+        items, was = ocp.args.Composite(state=items), None
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(5, args=items, custom_metadata=metadata)
     monkeypatch.setattr(example, "initial_state", jnp.asarray)  # it is not reached
     error = usage_error(example, capsys, "--checkpoint-dir", tmp_path)
-    assert f"{tmp_path / '5'} was saved with {was}, and --batch-size 64 --seed 0 would" in error
+    if was is None:
+        assert f"{tmp_path / '5'} is damaged, or not of this script" in error
+    else:
+        now = "--batch-size 64 --seed 0 in float32"
+        assert f"{tmp_path / '5'} was saved with {was}, and {now} would" in error
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
 
 
