@@ -253,7 +253,11 @@ def join(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             socket.create_server(("", int(args.coordinator.rpartition(":")[2]))).close()
         except OSError as error:  # JAX would crash
             parser.error(f"--coordinator: process 0 cannot listen at {args.coordinator} ({error})")
-        print(f"Waiting at {args.coordinator} for {args.num_processes} processes", flush=True)
+        print(
+            f"Waiting at {args.coordinator} for {args.num_processes} processes; JAX aborts after "
+            f"{args.start_timeout} s if one does not come (start them all)",
+            flush=True,
+        )
     # Else SIGTERM, which is what plain `kill` and a scheduler send, would only be noted.
     jax.config.update("jax_enable_preemption_service", False)
     try:

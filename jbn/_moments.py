@@ -91,7 +91,8 @@ def moments(
     Returns:
         `Moments(mean, var, count)`, each in the shape of the feature axes in increasing order.
         An empty batch has mean 0, var 0, count 0. Squares whose sum overflows make var inf; if
-        the sum of x - shift overflows too, the mean is given as 0.
+        the sum of x - shift overflows too, the mean is given as 0 (that of the device where it
+        does, in a batch over several).
 
     Raises:
         TypeError: if `x` or `mask` is not an array, or `x` is not floating or complex.

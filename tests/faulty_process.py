@@ -15,6 +15,8 @@ from jax.flatten_util import ravel_pytree
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import distributed
 
+SIGNALS = {"stop": signal.SIGSTOP, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
+
 
 def main(record_path, fault, fault_step, *flags):
     record = open(record_path, "a", buffering=1)  # noqa: SIM115  # whole lines, however it ends
@@ -25,11 +27,11 @@ def main(record_path, fault, fault_step, *flags):
         record.write(json.dumps(fault) + "\n")
         if fault == "raise":
             raise RuntimeError("injected")
-        os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
+        os.kill(os.getpid(), SIGNALS.get(fault, signal.SIGKILL))
 
     def recorded_step(state, images, labels):
         step = int(state.step) + 1
-        if step == int(fault_step) and fault in ("kill", "stop", "raise"):
+        if step == int(fault_step) and fault in (*SIGNALS, "raise"):
             fail()
         state, loss = train_step(state, images, labels)
         values = ravel_pytree((loss, state.batch_stats))[0]

@@ -144,7 +144,7 @@ def test_resumes_on_any_number_of_processes(start, tmp_path):
 @pytest.mark.parametrize(
     ("index", "fault", "cause"),
     [
-        (0, "kill", r"leader task"),
+        (0, "terminate", r"leader task"),
         (1, "stop", r"stopped sending heartbeats\):\s+1"),
         (1, "raise", r"first task at the barrier: 1"),
     ],
@@ -206,6 +206,37 @@ def test_flags_that_do_not_fit(example, capsys, tmp_path, flags, message):
     folder = tmp_path / "checkpoints"
     assert message in usage_error(example, capsys, *flags.split(), "--checkpoint-dir", folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [("--seed", 0), ("--batch-size", 1), ("--epochs", 2), ("JAX_ENABLE_X64", 4)]
+)
+def test_processes_that_disagree(example, capsys, tmp_path, monkeypatch, name, column):
+    def of_both(own):
+        both = np.stack([own, own])
+        both[1, column] += 1
+        return both
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(example, "process_allgather", of_both)
+    monkeypatch.setattr(example, "join", lambda *_: None)
+    error = usage_error(example, capsys, "--checkpoint-dir", tmp_path)
+    values = {"--seed": "[0, 1]", "--batch-size": "[64, 65]", "--epochs": "[10, 11]"}
+    assert f"{name} must be the same for all processes, not {values.get(name, '[4, 5]')}" in error
+
+
+def test_folders_that_are_not_one(example, capsys, tmp_path, monkeypatch):
+    def of_both(own):
+        return np.stack([own, own if own.ndim else ~own])  # flags are equal, the mark is not seen
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(example, "process_allgather", of_both)
+    monkeypatch.setattr(example, "broadcast_one_to_all", lambda token: token)
+    monkeypatch.setattr(example, "sync_global_devices", lambda name: None)
+    error = usage_error(example, capsys, "--checkpoint-dir", tmp_path)
+    assert f"--checkpoint-dir must be one folder for all processes; {tmp_path} is another" in error
+    assert error.endswith("for [1]")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_coordinator_that_does_not_answer(example, capsys):
