@@ -151,9 +151,9 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, digits: Dig
 
 
 def positive_int(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    """A whole number from 1 that JAX can take, for argparse."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2^31 - 1, not {text!r}")
     return int(text)
 
 

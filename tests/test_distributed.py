@@ -179,9 +179,9 @@ def usage_error(example, capsys, *flags):
 
 
 @pytest.mark.parametrize("flag", ["--epochs", "--batch-size", "--checkpoint-every"])
-@pytest.mark.parametrize("value", ["0", "-1", "x"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "2147483648"])
 def test_numbers_that_are_not_positive(example, capsys, flag, value):
-    message = f"argument {flag}: must be a whole number, 1 or more, not '{value}'"
+    message = f"argument {flag}: must be a whole number from 1 to 2^31 - 1, not '{value}'"
     assert message in usage_error(example, capsys, flag, value)
 
 
