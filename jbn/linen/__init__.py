@@ -1,5 +1,6 @@
 """Flax Linen: the layer of batch norm, and what is done with a model of such layers."""
 
 from jbn.linen._batch_norm import BatchNorm, batch_norm_mask
+from jbn.linen._calibrate import calibrate
 
-__all__ = ["BatchNorm", "batch_norm_mask"]
+__all__ = ["BatchNorm", "batch_norm_mask", "calibrate"]

@@ -1,0 +1,233 @@
+"""Population statistics of the batch norm layers of a Linen model."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import FrozenDict, meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import jbn
+from jbn import _axes, _calibrate
+from jbn.linen._batch_norm import BatchNorm
+
+_calls = itertools.count()
+
+
+def calibrate(
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    progress: bool = True,
+) -> Any:
+    """Replaces running statistics by those of the whole population ("precise batch norm").
+
+    Running averages trail the weights, which change while they are taken, and weight the last
+    batches most. Here the weights are fixed, and the moments of all batches are pooled exactly:
+
+        n = sum_b n_b    mean = sum_b n_b mean_b / n
+        var = sum_b n_b (var_b + |mean_b - mean|^2) / n
+
+    after Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3,
+    with counts in place of their assumption that all batches are of one size; masked elements do
+    not count. The first layer gets the moments of all batches as one, exactly. For deeper layers
+    these are not defined without further passes, since their inputs depend on how batches are
+    normalized: they get the pooled moments of what they see in training mode, each batch
+    normalized by its own statistics, so that batches should be of the size used in training, and
+    shuffled.
+
+    Each layer of `jbn.linen.BatchNorm` that normalizes by its batch takes part, also with
+    `update_running_average=False`. Layers that ran by their running statistics keep them, and all
+    other variables are as they were. A feature keeps its statistics, with a warning, if all batches
+    are masked or not finite; a batch that is not finite is left out, with a warning. A variance is
+    unbiased where the layer says so. The `count` of a layer with `momentum=None` becomes the
+    number of batches, as if each had been one update.
+
+    The forward pass is compiled once for each shape of batch, and may be sharded by that of
+    `variables` and the batches. Interrupted, it leaves `variables` as they were.
+
+    Args:
+        apply_fn: `apply_fn(variables, batch, mutable=[...])` runs the model in training mode and
+            returns what `model.apply` does with `mutable`, the output and the updated collections.
+            For a model that is called with `train=True`: `functools.partial(model.apply,
+            train=True)`. Dropout needs its `rngs` there, or `deterministic=True`.
+        variables: of the model, with `batch_stats`.
+        batches: any iterable of batches, pytrees of arrays as `apply_fn` takes them. Taken one by
+            one, once.
+        max_batches: the most to take, where `batches` are endless or more than needed.
+        progress: whether to show a progress bar, if there is a terminal.
+
+    Returns:
+        `variables` with new `batch_stats`, in the same dtypes.
+
+    Raises:
+        TypeError: if `apply_fn` does not take these arguments or return these results, or
+            `batches` is not an iterable of batches.
+        ValueError: if there is no batch, no layer of batch norm, none that normalizes by its
+            batch, or one of `flax.linen.BatchNorm`, which has no moments to give; if `max_batches`
+            is less than 1, or a layer's moments do not leave a transformation such as `nn.scan`.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp, jbn.linen
+        >>> bn = jbn.linen.BatchNorm()
+        >>> x = jnp.arange(6.0).reshape(6, 1)
+        >>> variables = bn.init(jax.random.key(0), x, use_running_average=False)
+        >>> train = functools.partial(bn.apply, use_running_average=False)
+        >>> variables = jbn.linen.calibrate(train, variables, [x[:4], x[4:]])
+        >>> variables["batch_stats"]["mean"].tolist()
+        [2.5]
+    """
+    pooled = pool(
+        apply_fn,
+        variables,
+        batches,
+        max_batches=max_batches,
+        progress=progress,
+        description="Calibrating",
+    )
+    stats = _stats(variables)
+    new = {
+        name: _calibrate.new_stats(name, layer, meta.unbox(stats[name]), moments, stacklevel=3)
+        for name, (layer, moments) in pooled.items()
+    }
+    flat = flatten_dict(variables["batch_stats"], keep_empty_nodes=True)
+    for path, value in flat.items():
+        updated = new.get(_calibrate.join(path[:-1]), {})
+        if path[-1] in updated:
+            flat[path] = meta.replace_boxed(value, updated[path[-1]])
+    return _replaced(variables, "batch_stats", unflatten_dict(flat))
+
+
+def pool(
+    apply_fn: Callable[..., Any], variables: Mapping[str, Any], batches: Any, **options: Any
+) -> dict[str, tuple[BatchNorm, _calibrate.Pooled]]:
+    """Each layer that normalizes by its batch, unbound, and its moments over all batches.
+
+    Args:
+        apply_fn: as for `calibrate`.
+        variables: as for `calibrate`.
+        batches: as for `calibrate`.
+        options: of `_calibrate.pool`.
+    """
+    stats = _stats(variables)
+    _check_apply_fn(apply_fn, variables)
+    _calibrate.check_outside_jit(variables)
+    shapes = {name: meta.unbox(layer["mean"]).shape for name, layer in stats.items()}
+    layers: dict[str, BatchNorm] = {}
+    # All that the model may change in training; of these changes only the moments are taken. The
+    # last name is new in each call, lest nn.jit finds its trace and no layer is met.
+    mutable = {*variables} - {"params"} | {"batch_stats", "batch_moments", f"call{next(_calls)}"}
+
+    @jax.jit
+    def step(variables: Mapping[str, Any], batch: Any) -> dict[str, jbn.Moments]:
+        met: dict[str, BatchNorm] = {}
+        with nn.intercept_methods(lambda *call: _note_layer(met, *call)):
+            result = apply_fn(variables, batch, mutable=sorted(mutable))
+        moments: dict[str, Any] = {
+            _calibrate.join(path[:-1]): value
+            for path, value in flatten_dict(_updated(result).get("batch_moments", {})).items()
+        }
+        _check_layers(met, moments, stats)
+        trained = {name: moments[name] for name in met if name in stats}
+        for name, value in trained.items():
+            _calibrate.check_moments(name, met[name], value, shapes[name])
+        layers.update(met)
+        return trained
+
+    if "batch_moments" in variables:  # of init, or of an earlier batch
+        empty = jax.tree.map(jnp.zeros_like, variables["batch_moments"])
+        variables = _replaced(variables, "batch_moments", empty)
+    pooled = _calibrate.pool(lambda batch: step(variables, batch), shapes, batches, **options)
+    return {name: (layers[name], moments) for name, moments in pooled.items()}
+
+
+def _replaced(variables: Mapping[str, Any], name: str, collection: Any) -> Mapping[str, Any]:
+    """The variables with another collection of that name, frozen if they are."""
+    if isinstance(variables, FrozenDict):
+        return variables.copy({name: collection})
+    return {**variables, name: collection}
+
+
+def _stats(variables: Any) -> dict[str, dict[str, Any]]:
+    """The running statistics of each layer by its name."""
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
+        is_mapping = isinstance(variables, Mapping)
+        given = ", ".join(variables) or "none" if is_mapping else _axes.describe(variables)
+        raise ValueError(
+            "variables must be the model's, with the collection batch_stats, as init returns them, "
+            f"got {given}."
+        )
+    layers: dict[str, dict[str, Any]] = {}
+    for path, value in flatten_dict(variables["batch_stats"]).items():
+        layers.setdefault(_calibrate.join(path[:-1]), {})[path[-1]] = value
+    layers = {name: values for name, values in layers.items() if {"mean", "var"} <= values.keys()}
+    if not layers:
+        raise ValueError(
+            "variables['batch_stats'] has no layer with a mean and a var: the model has no batch "
+            "norm."
+        )
+    return layers
+
+
+def _check_apply_fn(apply_fn: Any, variables: Any) -> None:
+    hint = (
+        "it is called as apply_fn(variables, batch, mutable=[...]) and runs the model in training "
+        "mode, such as functools.partial(model.apply, train=True)."
+    )
+    if isinstance(apply_fn, nn.Module) or not callable(apply_fn):
+        raise TypeError(f"apply_fn must be a function, got {type(apply_fn).__name__}: {hint}")
+    try:
+        inspect.signature(apply_fn).bind(variables, None, mutable=[])
+    except TypeError as error:
+        raise TypeError(f"apply_fn does not take its arguments ({error}): {hint}") from None
+    except ValueError:  # no signature to be had
+        pass
+
+
+def _updated(result: Any) -> Mapping[str, Any]:
+    """The collections that `apply` returns beside the output."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise TypeError(
+            "apply_fn must return what model.apply(..., mutable=mutable) does, the output and the "
+            f"updated collections, got {type(result).__name__}: does it pass mutable on?"
+        )
+    return result[1]
+
+
+def _note_layer(
+    layers: dict[str, BatchNorm], next_fn: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
+    """Keeps each layer that is called in training mode: an interceptor of Flax's methods."""
+    module = context.module
+    is_ours, is_flaxs = isinstance(module, BatchNorm), isinstance(module, nn.BatchNorm)
+    if (is_ours or is_flaxs) and context.method_name == "__call__":
+        call = inspect.signature(type(module).__call__).bind(module, *args, **kwargs)
+        by_running = call.arguments.get("use_running_average")
+        by_running = module.use_running_average if by_running is None else by_running
+        name = _calibrate.join(module.scope.path)
+        if not by_running and is_flaxs:
+            raise _calibrate.no_moments(name, "linen")
+        if not by_running:
+            layers[name] = module.clone(parent=None)
+    return next_fn(*args, **kwargs)
+
+
+def _check_layers(layers: Mapping[str, Any], moments: Any, stats: Mapping[str, Any]) -> None:
+    """That there are layers in training mode, and that each gives its moments."""
+    for name in layers.keys() & stats.keys() - moments.keys():
+        raise ValueError(
+            f"the moments of {_calibrate.title(name)} do not leave the transformation that it runs "
+            "in: name the collection batch_moments beside batch_stats, such as nn.scan(..., "
+            "variable_axes={'params': 0, 'batch_stats': 0, 'batch_moments': 0})."
+        )
+    if not layers.keys() & stats.keys():
+        raise ValueError(
+            "no layer of jbn.linen.BatchNorm normalizes by its batch: apply_fn must run the model "
+            "in training mode, such as functools.partial(model.apply, train=True)."
+        )
