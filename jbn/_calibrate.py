@@ -108,6 +108,16 @@ def check_moments(name: str, layer: Layer, moments: jbn.Moments, shape: tuple[in
         )
 
 
+def warn_silent(names: Iterable[str], stacklevel: int) -> None:
+    """Names the layers that gave no moments although nothing says that they should not."""
+    for name in names:
+        warnings.warn(
+            f"{title(name)} keeps its running statistics: it was not called, or the moments of its "
+            "batch did not reach the caller.",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def pool(
     step: Callable[[Any], dict[str, jbn.Moments]],
     shapes: Mapping[str, tuple[int, ...]],

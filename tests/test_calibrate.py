@@ -262,6 +262,28 @@ def test_layers_that_run_by_running_statistics_keep_them():
     close(np.asarray(model.second.mean[...]), (X / np.sqrt(1 + 1e-5) @ KERNEL).mean(0))
 
 
+def test_layers_that_were_not_called_are_named():
+    variables = linen_variables()
+
+    class First(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jbn.linen.BatchNorm(use_running_average=False, name="first")(x)
+
+    told = "'second' keeps its running statistics: it was not called"
+    with pytest.warns(UserWarning, match=told) as warned:
+        new = jbn.linen.calibrate(First().apply, variables, [X])
+    assert [w.filename for w in warned] == [__file__]
+    assert new["batch_stats"]["second"]["mean"] is variables["batch_stats"]["second"]["mean"]
+    close(np.asarray(new["batch_stats"]["first"]["mean"]), X.mean(0))
+
+    model = Model()
+    with pytest.warns(UserWarning, match=told) as warned:
+        jbn.nnx.calibrate(model, [X], apply_fn=lambda model, batch: model.first(batch))
+    assert [w.filename for w in warned] == [__file__]
+    close(np.asarray(model.first.mean[...]), X.mean(0))
+
+
 class Block(nn.Module):
     """Batch norm, as one layer of a stack."""
 
@@ -391,6 +413,27 @@ def test_nnx_stacked_layers(mapped):
     bn = model.blocks.layers[0]
     close(np.asarray(bn.mean[...]), np.stack([x.mean(0) for x in inputs]), 1e-6)
     close(np.asarray(bn.var[...]), np.stack([x.var(0) for x in inputs]), 1e-6)
+
+
+@pytest.mark.parametrize("mapped", ["vmap", "scan"])
+def test_nnx_layer_shared_along_an_axis(mapped):
+    """Pooled over the axis by the layer under vmap, and by calibrate under a scan over time."""
+    bn = jbn.nnx.BatchNorm(3, axis_name="batch" if mapped == "vmap" else None, rngs=nnx.Rngs(0))
+    forward = lambda bn, x: bn(x)  # noqa: E731
+
+    def apply_fn(bn, x, moments=0):
+        if mapped == "vmap":
+            return nnx.vmap(forward, in_axes=(None, 0), axis_name="batch")(bn, x)
+        kinds = {nnx.BatchStat: nnx.Carry, jbn.nnx.BatchMoments: moments, ...: None}
+        return nnx.scan(forward, in_axes=(nnx.StateAxes(kinds), 0), out_axes=0)(bn, x)
+
+    batches = [x.reshape(2, -1, 3) for x in split(X[:22], [8, 14])]
+    jbn.nnx.calibrate(bn, batches, apply_fn=apply_fn)
+    close(np.asarray(bn.mean[...]), X[:22].mean(0), 1e-6)
+    close(np.asarray(bn.var[...]), X[:22].var(0), 1e-6)
+    if mapped == "scan":
+        with pytest.raises(ValueError, match=r"must name jbn\.nnx\.BatchMoments"):
+            jbn.nnx.calibrate(bn, batches, apply_fn=functools.partial(apply_fn, moments=None))
 
 
 @BOTH

@@ -2,5 +2,6 @@
 
 from jbn.linen._batch_norm import BatchNorm, batch_norm_mask
 from jbn.linen._calibrate import calibrate
+from jbn.linen._report import report
 
-__all__ = ["BatchNorm", "batch_norm_mask", "calibrate"]
+__all__ = ["BatchNorm", "batch_norm_mask", "calibrate", "report"]

@@ -44,10 +44,10 @@ def calibrate(
 
     Each layer of `jbn.linen.BatchNorm` that normalizes by its batch takes part, also with
     `update_running_average=False`. Layers that ran by their running statistics keep them, and all
-    other variables are as they were. A feature keeps its statistics, with a warning, if all batches
-    are masked or not finite; a batch that is not finite is left out, with a warning. A variance is
-    unbiased where the layer says so. The `count` of a layer with `momentum=None` becomes the
-    number of batches, as if each had been one update.
+    other variables are as they were. With a warning, a layer that is not called keeps its
+    statistics too, and so does a feature whose elements are all masked or not finite; a batch whose
+    moments are not finite is left out. A variance is unbiased where the layer says so. The `count`
+    of a layer with `momentum=None` becomes the number of batches, as if each had been one update.
 
     The forward pass is compiled once for each shape of batch, and may be sharded by that of
     `variables` and the batches. Interrupted, it leaves `variables` as they were.
@@ -91,9 +91,9 @@ def calibrate(
         progress=progress,
         description="Calibrating",
     )
-    stats = _stats(variables)
+    stats = running_stats(variables)
     new = {
-        name: _calibrate.new_stats(name, layer, meta.unbox(stats[name]), moments, stacklevel=3)
+        name: _calibrate.new_stats(name, layer, stats[name], moments, stacklevel=3)
         for name, (layer, moments) in pooled.items()
     }
     flat = flatten_dict(variables["batch_stats"], keep_empty_nodes=True)
@@ -115,36 +115,39 @@ def pool(
         batches: as for `calibrate`.
         options: of `_calibrate.pool`.
     """
-    stats = _stats(variables)
+    stats = running_stats(variables)
     _check_apply_fn(apply_fn, variables)
     _calibrate.check_outside_jit(variables)
-    shapes = {name: meta.unbox(layer["mean"]).shape for name, layer in stats.items()}
+    shapes = {name: layer["mean"].shape for name, layer in stats.items()}
     layers: dict[str, BatchNorm] = {}
+    called: set[str] = set()
     # All that the model may change in training; of these changes only the moments are taken. The
     # last name is new in each call, lest nn.jit finds its trace and no layer is met.
     mutable = {*variables} - {"params"} | {"batch_stats", "batch_moments", f"call{next(_calls)}"}
 
     @jax.jit
     def step(variables: Mapping[str, Any], batch: Any) -> dict[str, jbn.Moments]:
-        met: dict[str, BatchNorm] = {}
-        with nn.intercept_methods(lambda *call: _note_layer(met, *call)):
+        training: dict[str, BatchNorm] = {}
+        with nn.intercept_methods(lambda *call: _note_layer(training, called, *call)):
             result = apply_fn(variables, batch, mutable=sorted(mutable))
         moments: dict[str, Any] = {
             _calibrate.join(path[:-1]): value
             for path, value in flatten_dict(_updated(result).get("batch_moments", {})).items()
         }
-        _check_layers(met, moments, stats)
-        trained = {name: moments[name] for name in met if name in stats}
-        for name, value in trained.items():
-            _calibrate.check_moments(name, met[name], value, shapes[name])
-        layers.update(met)
-        return trained
+        # One whose statistics are not among the variables is of a model applied inside the model.
+        training = {name: layer for name, layer in training.items() if name in stats}
+        _check_layers(training, moments)
+        for name, layer in training.items():
+            _calibrate.check_moments(name, layer, moments[name], shapes[name])
+        layers.update(training)
+        return {name: moments[name] for name in training}
 
     if "batch_moments" in variables:  # of init, or of an earlier batch
         empty = jax.tree.map(jnp.zeros_like, variables["batch_moments"])
         variables = _replaced(variables, "batch_moments", empty)
     pooled = _calibrate.pool(lambda batch: step(variables, batch), shapes, batches, **options)
-    return {name: (layers[name], moments) for name, moments in pooled.items()}
+    _calibrate.warn_silent(sorted(stats.keys() - called), stacklevel=3)
+    return {name: (layers[name], pooled[name]) for name in layers if name in pooled}
 
 
 def _replaced(variables: Mapping[str, Any], name: str, collection: Any) -> Mapping[str, Any]:
@@ -154,7 +157,7 @@ def _replaced(variables: Mapping[str, Any], name: str, collection: Any) -> Mappi
     return {**variables, name: collection}
 
 
-def _stats(variables: Any) -> dict[str, dict[str, Any]]:
+def running_stats(variables: Any) -> dict[str, dict[str, Any]]:
     """The running statistics of each layer by its name."""
     if not isinstance(variables, Mapping) or "batch_stats" not in variables:
         is_mapping = isinstance(variables, Mapping)
@@ -165,7 +168,7 @@ def _stats(variables: Any) -> dict[str, dict[str, Any]]:
         )
     layers: dict[str, dict[str, Any]] = {}
     for path, value in flatten_dict(variables["batch_stats"]).items():
-        layers.setdefault(_calibrate.join(path[:-1]), {})[path[-1]] = value
+        layers.setdefault(_calibrate.join(path[:-1]), {})[path[-1]] = meta.unbox(value)
     layers = {name: values for name, values in layers.items() if {"mean", "var"} <= values.keys()}
     if not layers:
         raise ValueError(
@@ -201,7 +204,12 @@ def _updated(result: Any) -> Mapping[str, Any]:
 
 
 def _note_layer(
-    layers: dict[str, BatchNorm], next_fn: Any, args: Any, kwargs: Any, context: Any
+    training: dict[str, BatchNorm],
+    called: set[str],
+    next_fn: Any,
+    args: Any,
+    kwargs: Any,
+    context: Any,
 ) -> Any:
     """Keeps each layer that is called in training mode: an interceptor of Flax's methods."""
     module = context.module
@@ -214,20 +222,21 @@ def _note_layer(
         if not by_running and is_flaxs:
             raise _calibrate.no_moments(name, "linen")
         if not by_running:
-            layers[name] = module.clone(parent=None)
+            training[name] = module.clone(parent=None)
+        called.add(name)
     return next_fn(*args, **kwargs)
 
 
-def _check_layers(layers: Mapping[str, Any], moments: Any, stats: Mapping[str, Any]) -> None:
+def _check_layers(training: Mapping[str, Any], moments: Mapping[str, Any]) -> None:
     """That there are layers in training mode, and that each gives its moments."""
-    for name in layers.keys() & stats.keys() - moments.keys():
+    if not training:
+        raise ValueError(
+            "no layer of jbn.linen.BatchNorm normalizes by its batch: apply_fn must run the model "
+            "in training mode, such as functools.partial(model.apply, train=True)."
+        )
+    for name in training.keys() - moments.keys():
         raise ValueError(
             f"the moments of {_calibrate.title(name)} do not leave the transformation that it runs "
             "in: name the collection batch_moments beside batch_stats, such as nn.scan(..., "
             "variable_axes={'params': 0, 'batch_stats': 0, 'batch_moments': 0})."
-        )
-    if not layers.keys() & stats.keys():
-        raise ValueError(
-            "no layer of jbn.linen.BatchNorm normalizes by its batch: apply_fn must run the model "
-            "in training mode, such as functools.partial(model.apply, train=True)."
         )

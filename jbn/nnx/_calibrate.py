@@ -38,10 +38,11 @@ def calibrate(
     Each layer of `jbn.nnx.BatchNorm` runs in training mode, whatever its attributes say, also with
     `update_running_average=False`; other layers, such as dropout, run as the model is set, by
     `train()` or `eval()`. The running statistics are updated in place, all else is as it was, also
-    the state of random numbers: each batch is given the same. A feature keeps its statistics, with
-    a warning, if all batches are masked or not finite; a batch that is not finite is left out, with
-    a warning. A variance is unbiased where the layer says so. The `count` of a layer with
-    `momentum=None` becomes the number of batches, as if each had been one update.
+    the state of random numbers: each batch is given the same. With a warning, a layer that is not
+    called keeps its statistics, and so does a feature whose elements are all masked or not finite;
+    a batch whose moments are not finite is left out. A variance is unbiased where the layer says
+    so. The `count` of a layer with `momentum=None` becomes the number of batches, as if each had
+    been one update.
 
     The forward pass is compiled once for each shape of batch, and may be sharded by that of the
     model and the batches. Interrupted, it leaves the model as it was.
@@ -50,9 +51,8 @@ def calibrate(
         model: with layers of batch norm.
         batches: any iterable of batches, pytrees of arrays as the model takes them. Taken one by
             one, once.
-        apply_fn: `apply_fn(model, batch)` calls the model, by default `model(batch)`. A layer that
-            is to keep its statistics is set so there, `model.backbone.eval()`, or is called with
-            `use_running_average=True`.
+        apply_fn: `apply_fn(model, batch)` calls the model, by default `model(batch)`. Layers that
+            are to keep their statistics are set so there: `model.backbone.eval()`.
         max_batches: the most to take, where `batches` are endless or more than needed.
         progress: whether to show a progress bar, if there is a terminal.
 
@@ -81,7 +81,7 @@ def calibrate(
         description="Calibrating",
     )
     new = [
-        (layer, _calibrate.new_stats(name, layer, _values(layer), moments, stacklevel=3))
+        (layer, _calibrate.new_stats(name, layer, running_stats(layer), moments, stacklevel=3))
         for name, (layer, moments) in pooled.items()
     ]
     for layer, values in new:
@@ -104,7 +104,7 @@ def pool(
         apply_fn: as for `calibrate`.
         options: of `_calibrate.pool`.
     """
-    layers = _layers(model)
+    layers = batch_norms(model)
     if apply_fn is not None and not callable(apply_fn):
         raise TypeError(
             "apply_fn must be a function that calls the model on a batch, such as "
@@ -121,6 +121,8 @@ def pool(
                 del module.__captures__  # a name that JAX can't sort among a list's numbers
         model(batch) if apply_fn is None else apply_fn(model, batch)
 
+    silent: set[str] = set()
+
     @jax.jit
     def step(state: Any, batch: Any) -> dict[str, jbn.Moments]:
         copy = nnx.merge(graphdef, state)
@@ -132,23 +134,30 @@ def pool(
         if not moments:
             raise ValueError(
                 "no layer of jbn.nnx.BatchNorm normalizes by its batch: apply_fn must call the "
-                "model, and leave its batch norm in training mode."
+                "model and leave its batch norm in training mode, and a transformation that names "
+                "kinds of variables must name jbn.nnx.BatchMoments as well, such as "
+                "nnx.StateAxes({jbn.nnx.BatchMoments: 0, ...})."
             )
         for name, value in moments.items():
             _calibrate.check_moments(name, layers[name], value, shapes[name])
+        training = {
+            name for name, layer in batch_norms(copy).items() if not layer.use_running_average
+        }
+        silent.update(training - moments.keys())
         return moments
 
     pooled = _calibrate.pool(lambda batch: step(state, batch), shapes, batches, **options)
-    return {name: (layers[name], moments) for name, moments in pooled.items()}
+    _calibrate.warn_silent(sorted(silent - pooled.keys()), stacklevel=3)
+    return {name: (layers[name], pooled[name]) for name in layers if name in pooled}
 
 
-def _values(layer: BatchNorm) -> dict[str, Any]:
+def running_stats(layer: BatchNorm) -> dict[str, Any]:
     """The running statistics as arrays."""
     stats = {"mean": layer.mean, "var": layer.var, "count": layer.count}
     return {name: variable[...] for name, variable in stats.items() if variable is not None}
 
 
-def _layers(model: Any) -> dict[str, BatchNorm]:
+def batch_norms(model: Any) -> dict[str, BatchNorm]:
     """The layers of batch norm by their names."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an nnx.Module, got {_axes.describe(model)}.")

@@ -1,0 +1,163 @@
+"""What is told of the layers of a model: `jbn.linen.report` and `jbn.nnx.report`."""
+
+import io
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import jbn.linen
+import jbn.nnx
+
+pytestmark = pytest.mark.standard_jax(x64=True)
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(90, 3)) * [1, 3, 1e-3] + [0, 7, 0]
+BATCHES = np.split(X, [40, 80])
+KERNEL = np.eye(3) * [1, 2, 1000]
+STATS = {
+    "first": {"mean": np.array([0, 1.0, 0]), "var": np.array([1, 4.0, 1e-6])},
+    "second": {"mean": np.zeros(3), "var": np.array([1, 4.0, 5.0])},
+}
+SCALES = np.array([1, 1e-4, 300])
+
+
+class Net(nn.Module):
+    """Two layers, the second without a scale, and a dense one between them."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = jbn.linen.BatchNorm(not train, name="first", unbiased=True, epsilon=1e-6)(x)
+        x = nn.Dense(3, use_bias=False, param_dtype=jnp.float64, name="dense")(x)
+        return jbn.linen.BatchNorm(not train, name="second", use_scale=False, use_bias=False)(x)
+
+
+class Model(nnx.Module):
+    """The same."""
+
+    def __init__(self, rngs):
+        self.first = jbn.nnx.BatchNorm(3, unbiased=True, epsilon=1e-6, rngs=rngs)
+        self.dense = nnx.Linear(3, 3, use_bias=False, rngs=rngs)
+        self.second = jbn.nnx.BatchNorm(3, use_scale=False, use_bias=False, rngs=rngs)
+        self.dense.kernel.set_value(jnp.asarray(KERNEL))
+        self.first.scale.set_value(jnp.asarray(SCALES))
+        for name, stats in STATS.items():
+            getattr(self, name).mean.set_value(jnp.asarray(stats["mean"]))
+            getattr(self, name).var.set_value(jnp.asarray(stats["var"]))
+
+    def __call__(self, x):
+        return self.second(self.dense(self.first(x)))
+
+
+def report_linen(batches, **options):
+    first = {"scale": SCALES, "bias": np.zeros(3)}
+    params = {"first": first, "dense": {"kernel": KERNEL}}
+    variables = jax.tree.map(jnp.asarray, {"params": params, "batch_stats": STATS})
+    return jbn.linen.report(Net().apply, variables, batches, **options)
+
+
+def report_nnx(batches, **options):
+    model = Model(nnx.Rngs(0))
+    before = nnx.clone(nnx.state(model))
+    report = jbn.nnx.report(model, batches, **options)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    return report
+
+
+BOTH = pytest.mark.parametrize("report", [report_linen, report_nnx], ids=["linen", "nnx"])
+
+
+def expected(x, name, ddof, epsilon):
+    stats = STATS[name]
+    drift = abs(stats["mean"] - x.mean(0)) / np.sqrt(x.var(0) + epsilon)
+    return drift, (stats["var"] + epsilon) / (x.var(0, ddof=ddof) + epsilon)
+
+
+@BOTH
+def test_numbers(report):
+    found = report(BATCHES)
+    normalized = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6) * SCALES for x in BATCHES]
+    inputs = {
+        "first": expected(X, "first", 1, 1e-6),
+        "second": expected(np.concatenate(normalized) @ KERNEL, "second", 0, 1e-5),
+    }
+    assert [row.layer for row in found.rows] == list(inputs)
+    for row, (drift, ratio) in zip(found.rows, inputs.values(), strict=True):
+        np.testing.assert_allclose(found.values[row.layer]["drift"], drift, 1e-10, 1e-10)
+        np.testing.assert_allclose(found.values[row.layer]["var_ratio"], ratio, 1e-10)
+        summary = row.drift_median, row.drift_max, row.var_ratio_min, row.var_ratio_max
+        wanted = np.median(drift), drift.max(), ratio.min(), ratio.max()
+        np.testing.assert_allclose(summary, wanted, 1e-10, 1e-10)
+    first, second = found.rows
+    assert (first.dead, first.exploding, first.near_epsilon) == (1, 1, 1)
+    assert (second.dead, second.exploding, second.near_epsilon) == (0, 0, 1)
+    assert (first.features, first.smallest_count) == (3, 10)
+
+
+@BOTH
+def test_findings(report):
+    findings = {row.layer: row.findings for row in report(BATCHES[:2]).rows}
+    assert findings["first"] == (
+        "running statistics are off: calibrate",
+        "features that vary by little against epsilon: 1",
+        "dead scales, below 0.001 of the model's median: 1",
+        "exploding scales, over 100 times the median: 1",
+    )
+    assert report(BATCHES, max_batches=2).to_dict()["first"]["smallest_count"] == 40
+    few = report(BATCHES).rows[1].findings
+    assert few[-1] == "too few elements in a batch, its statistics are noisy: 10"
+
+
+def test_nothing_to_be_found():
+    """After calibration there is none, however far off the layer was."""
+    bn = jbn.nnx.BatchNorm(3, epsilon=1e-9, rngs=nnx.Rngs(0))
+    bn.eval()
+    batches = BATCHES[:2]
+    (before,), _ = vars(jbn.nnx.report(bn, batches)).values()
+    assert before.findings == ("running statistics are off: calibrate",)
+    jbn.nnx.calibrate(bn, batches)
+    (after,), _ = vars(jbn.nnx.report(bn, batches)).values()
+    assert after.findings == ()
+    assert after.drift_max < 1e-6
+    np.testing.assert_allclose((after.var_ratio_min, after.var_ratio_max), 1, 1e-6)
+
+
+def test_features_without_elements_and_values_that_are_not_finite():
+    bn = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    x = np.where([True, False, True], BATCHES[0], np.nan)
+    (row,) = jbn.nnx.report(bn, [x]).rows
+    assert "features with moments that are not finite: 1" in row.findings
+    assert np.isfinite(row.drift_max)
+    (row,) = jbn.nnx.report(bn, [x * np.nan]).rows
+    assert np.isnan(row.drift_max)
+
+
+def test_table_dict_and_plot(tmp_path):
+    found = report_nnx(BATCHES)
+    printed = io.StringIO()
+    Console(file=printed, width=120).print(found)
+    assert str(found) == printed.getvalue()
+    for row in found.rows:
+        (line,) = (line for line in str(found).splitlines() if f"│ {row.layer} " in line)
+        assert f"{row.drift_median:.2g}, {row.drift_max:.2g}" in line
+        assert f"{row.var_ratio_min:.2g}, {row.var_ratio_max:.2g}" in line
+    read = json.loads(json.dumps(found.to_dict()))
+    assert read == found.to_dict()
+    assert read["second"]["drift_max"] == found.rows[1].drift_max
+    found.plot(tmp_path / "report.png")
+    image = matplotlib.image.imread(tmp_path / "report.png")
+    assert image.shape[0] > 100
+    assert image[..., :3].std() > 0.05  # something is drawn
+
+
+def test_bad_input_is_that_of_calibrate():
+    with pytest.raises(ValueError, match="batches is empty"):
+        report_linen([])
+    with pytest.raises(TypeError, match=r"pass \[batch\]"):
+        report_nnx(X)
