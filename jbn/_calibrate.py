@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
@@ -156,7 +157,7 @@ def pool(
     with _bar(progress) as bar:
         for batch in bar.track(batches, total=total, description=description):
             _check_batch(seen, batch)
-            moments = step(batch)
+            moments = jax.tree.map(whole, step(batch))
             jax.tree.map(lambda leaf: leaf.copy_to_host_async(), moments)
             merge(pending)
             pending, seen = moments, seen + 1
@@ -191,7 +192,9 @@ def new_stats(
         new["count"] = pooled.batches.astype(stats["count"].dtype)
     _warn(name, taken, pooled.left_out, stacklevel + 1)
     if not taken.all():
-        old = {name: np.asarray(stats[name]).astype(value.dtype) for name, value in new.items()}
+        old = {
+            name: np.asarray(whole(stats[name])).astype(value.dtype) for name, value in new.items()
+        }
         new = {name: np.where(taken, value, old[name]) for name, value in new.items()}
     return {name: _placed(value, stats[name]) for name, value in new.items()}
 
@@ -204,6 +207,14 @@ def join(path: tuple[Any, ...]) -> str:
 def title(name: str) -> str:
     """The layer in a message; one that is the whole model has no name."""
     return f"layer {name!r}" if name else "the layer"
+
+
+def whole(array: Any) -> Any:
+    """The array, copied to all devices if its parts lie on those of other processes."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    mesh = array.sharding.mesh  # type: ignore[attr-defined] # no other sharding spans processes
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def _bar(progress: bool) -> Progress:

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jbn._calibrate import Pooled
+from jbn._calibrate import Pooled, whole
 
 # In standard deviations: of a running mean, from which calibrating is worth it.
 _DRIFT = 0.5
@@ -148,7 +148,9 @@ def make(
     values = {
         name: _compared(layer, stats[name], pooled) for name, (layer, pooled) in layers.items()
     }
-    sizes = {name: abs(np.asarray(scale, np.float64)) for name, scale in scales.items()}
+    sizes = {
+        name: abs(np.asarray(whole(scale)).astype(np.float64)) for name, scale in scales.items()
+    }
     for name in layers.keys() & sizes.keys():
         values[name]["scale"] = sizes[name].ravel()
     every = [v["scale"] for v in values.values() if "scale" in v]
@@ -162,8 +164,8 @@ def _compared(layer: Layer, stats: Mapping[str, Any], pooled: Pooled) -> dict[st
     n, var = pooled.count, pooled.var
     if layer.unbiased:
         var = var * (n / np.where(n >= 2, n - 1, 1))
-    wide = np.result_type(pooled.mean.dtype, np.asarray(stats["mean"]).dtype, np.float64)
-    mean, running_var = np.asarray(stats["mean"]).astype(wide), np.float64(stats["var"])
+    mean, running_var = (np.asarray(whole(stats[name])) for name in ("mean", "var"))
+    running_var = running_var.astype(np.float64)
     drift = abs(mean - pooled.mean) / np.sqrt(pooled.var + layer.epsilon)
     ratio = (running_var + layer.epsilon) / (var + layer.epsilon)
     seen = n > 0

@@ -2,8 +2,12 @@
 
 import functools
 import io
+import os
+import socket
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import flax
 import flax.linen as nn
@@ -21,6 +25,7 @@ from jbn import _calibrate
 
 pytestmark = pytest.mark.standard_jax(x64=True)
 
+ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 KERNEL = RNG.normal(size=(3, 4))
 X = RNG.normal(size=(23, 3)) * [1, 5, 0.1] + [0, 100, -2]
@@ -363,6 +368,57 @@ def test_linen_inside_shard_map():
     stats = jbn.linen.calibrate(apply_fn, variables, batches)["batch_stats"]
     rows = np.concatenate([X[:8], X[7:23]])
     close(jax.tree.map(np.asarray, stats), {"mean": rows.mean(0), "var": rows.var(0)}, 1e-6)
+
+
+PROCESS = """
+import sys, warnings
+import jax, numpy as np, jbn.linen
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+mesh = jax.make_mesh((2, 2), ("model", "data"), axis_types=(AxisType.Auto,) * 2)
+x = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+x[:, 3] = np.nan
+
+def put(value, *spec):
+    sharding = NamedSharding(mesh, P(*spec))
+    return jax.make_array_from_callback(value.shape, sharding, lambda i: np.asarray(value)[i])
+
+bn = jbn.linen.BatchNorm(use_running_average=False)
+variables = jax.tree.map(lambda v: put(v, "model"), bn.init(jax.random.key(0), x))
+warnings.simplefilter("ignore")
+batches = [put(x[:8], "data"), put(x[8:], "data")]
+stats = jbn.linen.calibrate(bn.apply, variables, batches)["batch_stats"]
+wanted = {"mean": x.mean(0), "var": x.var(0)}
+wanted["mean"][3], wanted["var"][3] = 0, 1
+for name, value in stats.items():
+    assert value.sharding.spec == P("model")
+    assert not value.is_fully_addressable
+    for shard in value.addressable_shards:
+        np.testing.assert_allclose(shard.data, wanted[name][shard.index], 1e-5, 1e-6)
+"""
+
+
+def test_features_on_several_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", PROCESS, port]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [*command, rank], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
 
 
 @nn.jit
