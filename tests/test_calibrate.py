@@ -70,8 +70,9 @@ class Model(nnx.Module):
         return x
 
 
-def linen_variables(norm=jbn.linen.BatchNorm):
-    variables = Net(norm).init(jax.random.key(0), X, train=True)
+@functools.cache
+def linen_variables():
+    variables = Net().init(jax.random.key(0), X, train=True)
     variables["params"]["dense"]["kernel"] = jnp.asarray(KERNEL)
     return {
         **variables,
@@ -552,6 +553,18 @@ def test_dtypes_and_places_of_the_statistics_are_kept():
     np.testing.assert_allclose(np.float64(bn.var[...]), wanted, rtol=2**-10)
 
 
+def test_boxed_and_numpy_variables():
+    """Metadata about the sharding stays around the statistics; a checkpoint may hold NumPy's."""
+    boxed = nn.with_partitioning(nn.initializers.zeros, ("features",))
+    bn = jbn.linen.BatchNorm(use_running_average=False, mean_init=boxed)
+    variables = jax.tree.map(np.asarray, bn.init(jax.random.key(0), X))
+    stats = jbn.linen.calibrate(bn.apply, variables, [X])["batch_stats"]
+    assert isinstance(stats["mean"], nn.Partitioned)
+    assert stats["mean"].names == ("features",)
+    close(np.asarray(stats["mean"].value), X.mean(0), 1e-6)
+    close(np.asarray(stats["var"]), X.var(0), 1e-6)
+
+
 def test_pool_is_exact_beyond_float32():
     """2^24 elements and 2^24 single ones more, which float32 would not count."""
     parts = [(100.0, 1e-6, 2.0**24), *[(100.001, 0.0, 2.0**19 + 1)] * 32]
@@ -632,12 +645,9 @@ BAD_LINEN = {
 @pytest.mark.parametrize("case", BAD_LINEN)
 def test_bad_input_linen(case):
     apply_fn, changes, batches, options, error, message = BAD_LINEN[case]
-    variables = {k: v for k, v in {**VARIABLES(), **changes}.items() if v is not None}
+    variables = {k: v for k, v in {**linen_variables(), **changes}.items() if v is not None}
     with pytest.raises(error, match=message):
         jbn.linen.calibrate(apply_fn, variables, batches, **options)
-
-
-VARIABLES = functools.cache(linen_variables)
 
 
 def test_bad_input_nnx():

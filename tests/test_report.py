@@ -98,20 +98,19 @@ def test_numbers(report):
     assert (first.dead, first.exploding, first.near_epsilon) == (1, 1, 1)
     assert (second.dead, second.exploding, second.near_epsilon) == (0, 0, 1)
     assert (first.features, first.smallest_count) == (3, 10)
+    assert second.findings[-1] == "too few elements in a batch, its statistics are noisy: 10"
 
 
 @BOTH
 def test_findings(report):
-    findings = {row.layer: row.findings for row in report(BATCHES[:2]).rows}
-    assert findings["first"] == (
+    found = report(BATCHES, max_batches=2)
+    assert found.rows[0].smallest_count == 40
+    assert found.rows[0].findings == (
         "running statistics are off: calibrate",
         "features that vary by little against epsilon: 1",
         "dead scales, below 0.001 of the model's median: 1",
         "exploding scales, over 100 times the median: 1",
     )
-    assert report(BATCHES, max_batches=2).to_dict()["first"]["smallest_count"] == 40
-    few = report(BATCHES).rows[1].findings
-    assert few[-1] == "too few elements in a batch, its statistics are noisy: 10"
 
 
 def test_nothing_to_be_found():
