@@ -586,6 +586,15 @@ def test_pool_is_exact_beyond_float32():
     assert (pooled.batches, pooled.left_out, pooled.smallest) == (33, 0, 2**19 + 1)
 
 
+def test_pool_of_batches_in_parts():
+    """Two parts of a batch, as under a scan over time, count as batches do."""
+    parts = jbn.Moments(*(jnp.array(v) for v in ([[1.0], [4.0]], [[0.5], [2.0]], [[6.0], [3.0]])))
+    options = {"max_batches": None, "progress": False, "description": ""}
+    pooled = _calibrate.pool(lambda _: {"": parts}, {"": (1,)}, [0, 0], **options)[""]
+    assert (pooled.batches, pooled.smallest, pooled.count) == (4, 3, 18)
+    assert (pooled.mean, pooled.var) == pytest.approx((2, (6 * 1.5 + 3 * 6) / 9), rel=1e-14)
+
+
 class Terminal(io.StringIO):
     """A standard error that says it is a terminal."""
 
