@@ -32,8 +32,8 @@ def calibrate(
     not count. The first layer gets the moments of all batches as one, exactly. For deeper layers
     these are not defined without further passes, since their inputs depend on how batches are
     normalized: they get the pooled moments of what they see in training mode, each batch
-    normalized by its own statistics, so that batches should be of the size used in training, and
-    shuffled.
+    normalized by its own statistics, which come the closer to those of all the larger and the
+    better shuffled the batches are.
 
     Each layer of `jbn.nnx.BatchNorm` runs in training mode, whatever its attributes say, also with
     `update_running_average=False`; other layers, such as dropout, run as the model is set, by
