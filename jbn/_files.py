@@ -1,0 +1,48 @@
+"""Files and folders that are written whole or not at all."""
+
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+
+def check_parent(path: Path) -> pathlib.Path:
+    """Returns `path` if the folder that it lies in exists."""
+    path = pathlib.Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"the folder of {path} does not exist: make it first, "
+            f"pathlib.Path({str(path.parent)!r}).mkdir(parents=True)."
+        )
+    return path
+
+
+def write_whole(path: pathlib.Path, content: bytes | bytearray) -> None:
+    """Writes a file, in place of an earlier one."""
+
+    def write(partial: pathlib.Path) -> None:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash may leave the new name without the content
+
+    make_whole(path, write)
+
+
+def make_whole(path: pathlib.Path, make: Callable[[pathlib.Path], Any]) -> None:
+    """Calls `make` with a path beside `path`, and gives what it made there its name.
+
+    A file takes the place of an earlier one, a folder only that of an empty one.
+    """
+    # Not by tempfile, whose files and folders no other user may read.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        make(partial)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        raise
