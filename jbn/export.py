@@ -25,6 +25,7 @@ Path = str | os.PathLike[str]
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _ALL = ("cpu", "cuda", "tpu")
+_LIMIT = 1 << 31  # of flatbuffers
 
 
 def save(
@@ -36,10 +37,9 @@ def save(
 ) -> None:
     """Writes a function of arrays to a file, for any batch size and several platforms.
 
-    The arrays that `fn` closes over, such as the weights of a model, go into the file. Call Linen
-    models as `lambda x: model.apply(variables, x)`, NNX models after `model.eval()`. The outputs
-    of the file are those of `jax.jit(fn)` up to the rounding of float32: XLA may fuse the two
-    differently.
+    The arrays that `fn` closes over, such as the weights of a model, go into the file, up to 2 GiB.
+    Call Linen models as `lambda x: model.apply(variables, x)`, NNX models after `model.eval()`. The
+    outputs of the file are those of `jax.jit(fn)` up to rounding: XLA may fuse the two differently.
 
     The file is for one device, whatever devices `args` lie on. Called with a batch that is sharded,
     XLA splits the program as any other. jax reads files that it wrote itself up to six months
@@ -63,8 +63,8 @@ def save(
         ImportError: if flatbuffers is not installed.
         FileNotFoundError: if the folder of `path` does not exist.
         TypeError, ValueError: if `fn`, `args`, `batch_axis` or `platforms` are not as above, or
-            arrays that `fn` closes over are typed by a mesh of several devices. What jax raises
-            where `fn` cannot be traced with a symbolic size comes with a note.
+            arrays that `fn` closes over are typed by a mesh of several devices, or take too much.
+            What jax raises where `fn` cannot be traced comes with a note.
 
     Example:
         >>> import jax, jax.numpy as jnp, jbn, jbn.export, os, tempfile
@@ -86,6 +86,11 @@ def save(
         raise ValueError(
             f"fn is a program for {exported.nr_devices} devices, and a file is for one: call save "
             "outside jax.set_mesh."
+        )
+    if (size := len(exported.mlir_module_serialized)) >= _LIMIT:
+        raise ValueError(
+            f"the program takes {size} bytes with the arrays that fn closes over, and a file holds "
+            f"less than {_LIMIT}: hand the weights to fn as one of args, with batch_axis=None."
         )
     try:
         content = exported.serialize()
@@ -210,12 +215,7 @@ def save_tensorflow(
         ) from error
     module = tf.Module()
     module.__call__ = served
-    _files.make_whole(
-        path,
-        lambda partial: tf.saved_model.save(
-            module, str(partial), signatures=served.get_concrete_function()
-        ),
-    )
+    _files.make_whole(path, lambda partial: tf.saved_model.save(module, str(partial)))
 
 
 def _tensorflow_function(tf: Any, program: Callable[..., Any], specs: tuple[Any, ...]) -> Any:

@@ -208,10 +208,13 @@ def test_arguments_in_a_tree(tmp_path):
         (np.ones((3, 2)), -1, "float32[3,batch]"),
         (np.ones((3, 2)), None, "float32[3,2]"),
         (np.ones(()), None, "float32[]"),
+        (np.ones((3, 2), "int16"), 0, "int16[batch,2]"),
+        (jax.ShapeDtypeStruct((1,), jnp.bfloat16), 0, "bfloat16[batch]"),
+        (jax.random.key(0), None, "key<fry>[]"),
         (lambda: jax.export.symbolic_shape("n, n"), 0, "float32[n,n]"),
     ],
 )
-def test_symbolic_sizes(tmp_path, x, batch_axis, expected):
+def test_shapes_and_dtypes(tmp_path, x, batch_axis, expected):
     x = jax.ShapeDtypeStruct(x(), jnp.float32) if callable(x) else x
     jbn.export.save(tmp_path / "f", lambda x: x, x, batch_axis=batch_axis, platforms=["cpu"])
     doc = jbn.export.load(tmp_path / "f").__doc__
@@ -332,6 +335,14 @@ def test_bad_arguments(tmp_path, case):
 def test_a_model_that_trains(tmp_path):
     with pytest.raises(flax.errors.TraceContextError, match=r"eval\(\) first"):
         jbn.export.save(tmp_path / "f", Nnx(), X)
+
+
+def test_weights_that_a_file_cannot_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(jbn.export, "_LIMIT", 1000)
+    weights = RNG.normal(size=(4, 100)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"takes \d{4} bytes .* less than 1000: hand the weights"):
+        jbn.export.save(tmp_path / "f", lambda x: x @ weights, X)
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_folder(tmp_path):
