@@ -7,6 +7,7 @@ imported apart: `import jbn` needs JAX alone.
 from importlib.metadata import version as _version
 
 from jbn._batch_norm import batch_norm, batch_norm_inference
+from jbn._fold import fold_batch_norm
 from jbn._moments import Moments, merge_moments, moments
 from jbn._remat import save_batch_norm_inputs
 from jbn._running import RunningStats, update_running_stats
@@ -18,6 +19,7 @@ __all__ = [
     "RunningStats",
     "batch_norm",
     "batch_norm_inference",
+    "fold_batch_norm",
     "merge_moments",
     "moments",
     "save_batch_norm_inputs",

@@ -2,6 +2,7 @@
 
 from jbn.linen._batch_norm import BatchNorm, batch_norm_mask
 from jbn.linen._calibrate import calibrate
+from jbn.linen._fold import fold
 from jbn.linen._report import report
 
-__all__ = ["BatchNorm", "batch_norm_mask", "calibrate", "report"]
+__all__ = ["BatchNorm", "batch_norm_mask", "calibrate", "fold", "report"]

@@ -2,6 +2,7 @@
 
 from jbn.nnx._batch_norm import BatchMoments, BatchNorm, batch_norm_mask
 from jbn.nnx._calibrate import calibrate
+from jbn.nnx._fold import fold
 from jbn.nnx._report import report
 
-__all__ = ["BatchMoments", "BatchNorm", "batch_norm_mask", "calibrate", "report"]
+__all__ = ["BatchMoments", "BatchNorm", "batch_norm_mask", "calibrate", "fold", "report"]
