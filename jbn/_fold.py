@@ -12,7 +12,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from jbn import _axes
 from jbn._complex import times
-from jbn._graph import Call, Norm, Path
+from jbn._graph import Call, Layer, Norm, Path
 
 
 def fold_batch_norm(
@@ -167,6 +167,13 @@ def _round(v: jax.Array, like: jax.Array) -> jax.Array:
     return v if drops else v.astype(like.dtype)
 
 
+def feeder_of(norm: Norm) -> Layer:
+    """The layer that a batch norm is folded into."""
+    assert norm.feeder is not None
+    assert norm.obstacle is None
+    return norm.feeder
+
+
 def fold_variables(norm: Norm, arrays: Mapping[Path, Any]) -> dict[str, jax.Array]:
     """The variables, by name, of the layer that a batch norm is folded into.
 
@@ -177,8 +184,7 @@ def fold_variables(norm: Norm, arrays: Mapping[Path, Any]) -> dict[str, jax.Arra
     Raises:
         ValueError: if the running variance is negative or NaN.
     """
-    layer, feeder = norm.layer, norm.feeder
-    assert feeder is not None
+    layer, feeder = norm.layer, feeder_of(norm)
     kernel_axes = feeder.call.kernel_axes
     assert kernel_axes is not None
     own = {name: jnp.asarray(arrays[v.path]) for name, v in layer.variables.items()}
@@ -213,7 +219,9 @@ def linear_call(
         "conv_general_dilated_cls",
     )
     jaxs_own = (None, lax.dot_general, lax.conv_general_dilated)
-    others = [f"its {name} is not JAX's" for name in hooks if getattr(layer, name, None) not in jaxs_own]
+    others = [
+        f"its {name} is not JAX's" for name in hooks if getattr(layer, name, None) not in jaxs_own
+    ]
     if layer.promote_dtype is not promote_dtype:
         others.append("its promote_dtype is not Flax's")
     if np.size(getattr(layer, "batch_dims", ())) or getattr(layer, "batch_axis", ()):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive
 from jax.interpreters import ad, batching
 
@@ -81,7 +82,7 @@ class Layer:
     @property
     def name(self) -> str:
         """What the user knows it by."""
-        return "/".join(map(str, self.call.path)) or "the model itself"
+        return "/".join(map(str, self.path)) or "the model itself"
 
 
 class Norm(NamedTuple):
@@ -152,23 +153,30 @@ def trace(function: Callable[..., Any], *trees: Any) -> ClosedJaxpr:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    """Whether the leaf is traced: arrays are, NumPy's scalars may be flags."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.generic)
 
 
 def analyse(
-    closed: ClosedJaxpr, paths: Sequence[Path], unchanged: Mapping[int, Path] | None = None
+    closed: ClosedJaxpr,
+    paths: Sequence[Path],
+    *,
+    unchanged: Mapping[int, Path] | None = None,
+    shares_traces: bool = False,
 ) -> list[Norm]:
     """The batch norms of a marked model, in the order of their first calls.
 
     Args:
         closed: the jaxpr, whose first inputs are the variables.
-        paths: of the variables.
+        paths: of the variables: of the layer they belong to, and a name.
         unchanged: outputs that hand back a variable, if they are the variable at this path: they
             do not count as reading it.
+        shares_traces: whether one trace may serve two like layers, as that of Linen's `nn.jit`
+            does: then a layer is known by its variables rather than by the path it was marked with.
     """
     variables = [_Value(Variable(path), frozenset({path})) for path in paths]
     rest = [_Value("an argument of the model")] * (len(closed.jaxpr.invars) - len(variables))
-    found = _Found()
+    found = _Found(shares_traces)
     outputs = _walk(closed, [*variables, *rest], found)
     for i, output in enumerate(outputs):
         if unchanged is None or output.source != Variable(unchanged.get(i, ())):
@@ -195,12 +203,14 @@ class _Found:
     """All that the walk comes across.
 
     Attributes:
+        shares_traces: as of `analyse`.
         linear: linear layers by path.
         norms: batch norms by path.
         users: the layers that own a variable, by its path.
         read: variables and outputs that something else than their layer or its batch norm reads.
     """
 
+    shares_traces: bool
     linear: dict[Path, Layer] = dataclasses.field(default_factory=dict)
     norms: dict[Path, Layer] = dataclasses.field(default_factory=dict)
     users: dict[Path, set[Path]] = dataclasses.field(default_factory=dict)
@@ -246,14 +256,14 @@ def _equation(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> list[_Val
     name = eqn.primitive.name
     if eqn.primitive is mark_p:
         return [_marked(eqn, operands, found)]
-    inner = [v for v in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)]
-    inner = [v for v in inner if _is_jaxpr(v)]
+    params = jax.tree.leaves([*eqn.params.values()], is_leaf=_is_jaxpr)
+    inner = [v for v in params if _is_jaxpr(v)]
     if name == "scan":
         return _scan(eqn, operands, found)
     if name == "cond":
         branches = [_walk(branch, operands[1:], found) for branch in inner]
         return [_Value(name, _reads([operands[0], *outs])) for outs in zip(*branches, strict=True)]
-    if name in _CALLS and len(inner) == 1:
+    if name in _CALLS and len(inner) == 1 and len(_invars(inner[0])) == len(operands):
         outs = _walk(inner[0], operands, found)
         if words := str(eqn.params.get("name", "")).strip("_"):
             outs = [v._replace(source=words) if isinstance(v.source, str) else v for v in outs]
@@ -281,7 +291,7 @@ def _invars(closed: Any) -> Sequence[Any]:
 
 def _scan(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> list[_Value]:
     """A body reads constants as they are, and slices along the leading axes of what is scanned."""
-    n, m = eqn.params["num_consts"], eqn.params["num_carry"]
+    n, m = _scan_sizes(eqn.params)
 
     def enter(v: _Value, sliced: int) -> _Value:
         if isinstance(v.source, Variable):
@@ -299,6 +309,14 @@ def _scan(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> list[_Value]:
         carry = grown
 
 
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and carried values a scan has; jax 0.12 keeps trees of them."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
 def _marked(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> _Value:
     """The output of a layer's call, which is noted."""
     call: Call = eqn.params["call"]
@@ -308,11 +326,11 @@ def _marked(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> _Value:
     layer = _noted(call, variables, found.linear if is_linear else found.norms, found)
     own = {v.source.path for v in variables if isinstance(v.source, Variable)}
     if is_linear:
-        ndim = eqn.outvars[0].aval.ndim
+        ndim = _ndim(eqn.outvars[0])
         output = _Output(layer.path, tuple(a - ndim for a in call.axes))
         return _Value(output, (y.reads - own) | _reads(inputs) | {output})
     x, *others = inputs
-    ndim = eqn.invars[1 + n].aval.ndim
+    ndim = _ndim(eqn.invars[1 + n])
     if not isinstance(x.source, _Output):
         layer.feeders[x.source if isinstance(x.source, str) else "a variable"] = None
         return _Value("batch norm", (y.reads - own) | _reads(inputs))
@@ -323,15 +341,20 @@ def _marked(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> _Value:
     return _Value("batch norm", (y.reads - taken) | (x.reads - {x.source}) | _reads(others))
 
 
+def _ndim(atom: Any) -> int:
+    return atom.aval.ndim
+
+
 def _noted(
     call: Call, variables: Sequence[_Value], layers: dict[Path, Layer], found: _Found
 ) -> Layer:
-    """The layer of a call: known by its first variable, as one trace may serve two like layers."""
-    first = variables[0].source
-    path = first.path[:-1] if isinstance(first, Variable) else call.path
+    """The layer of a call, with what the call adds to what is known of it."""
+    first, path = variables[0].source, call.path
+    if found.shares_traces and isinstance(first, Variable):
+        path = first.path[:-1]
     layer = layers.setdefault(path, Layer(path, call))
-    if layer.call.path != call.path:
-        layer.obstacles["two layers share its variables"] = None
+    if _settings(layer.call) != _settings(call):
+        layer.obstacles["its settings differ from call to call"] = None
     layer.call = call
     if call.obstacle:
         layer.obstacles[call.obstacle] = None
@@ -344,6 +367,10 @@ def _noted(
             layer.obstacles[f"its {name} differs from call to call"] = None
         found.users.setdefault(variable.path, set()).add(path)
     return layer
+
+
+def _settings(call: Call) -> tuple[Any, ...]:
+    return call.names, call.kernel_axes, call.epsilon
 
 
 def _match_axes(norm: Layer, axes: tuple[int, ...], output: _Output, found: _Found) -> None:

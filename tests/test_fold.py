@@ -1,6 +1,7 @@
 """Batch norm folded into the layer before it: the numbers, and what may be folded at all."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,7 @@ def drawn(path, leaf, dtype="float64"):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     names = [str(getattr(key, "key", "")) for key in path]
-    value = draw(leaf.shape, dtype)
+    value = draw(leaf.shape, dtype or leaf.dtype)
     return jnp.asarray(0.5 + value**2 if "var" in names else value)
 
 
@@ -49,9 +50,8 @@ def check_linen(model, *args, tolerance=1e-12, variables=None, **kwargs):
     """Folds, compares the outputs and returns what was folded as {batch norm: layer or reason}."""
     variables = variables_of(model, *args, **kwargs) if variables is None else variables
     folded = jbn.linen.fold(model, variables, *args, **kwargs)
-    want = jax.jit(lambda v, a: model.apply(v, *a, **kwargs))(variables, args)
-    got = jax.jit(lambda v, a: folded.apply_fn(v, *a, **kwargs))(folded.variables, args)
-    close(got, want, tolerance)
+    want = model.apply(variables, *args, **kwargs)
+    close(folded.apply_fn(folded.variables, *args, **kwargs), want, tolerance)
     return {norm.path: norm.into or norm.reason for norm in folded.report}
 
 
@@ -70,9 +70,7 @@ def test_pure_function(axis, with_bias):
     s = scale / np.sqrt(var + 1e-3)
     letters = "".join("abc"[a] for a in axes)
     want = np.einsum(f"abc,{letters}->abc", kernel, s)
-    got, shift = jbn.fold_batch_norm(
-        kernel, bias, mean, var, scale, beta, epsilon=1e-3, axis=axis
-    )
+    got, shift = jbn.fold_batch_norm(kernel, bias, mean, var, scale, beta, epsilon=1e-3, axis=axis)
     np.testing.assert_allclose(got, want, rtol=1e-13)
     np.testing.assert_allclose(shift, ((bias if with_bias else 0) - mean) * s + beta, rtol=1e-12)
     plain, shift = jbn.fold_batch_norm(kernel, bias, mean, var, axis=axis)
@@ -229,13 +227,12 @@ class Block(nn.Module):
 
 class ResNet(nn.Module):
     fused: bool
-    block: type = Block
     norm: type = LINEN
 
     @nn.compact
     def __call__(self, x):
         for i, features in enumerate((4, 6)):
-            x = self.block(features, self.fused, self.norm, name=f"block{i}")(x)
+            x = Block(features, self.fused, self.norm, name=f"block{i}")(x)
         return nn.Dense(3)(x.mean((1, 2)))
 
 
@@ -250,14 +247,38 @@ RESNETS = {
     "fused": ResNet(fused=True),
     "apart": ResNet(fused=False),
     "flax": ResNet(fused=False, norm=FLAX),
-    "remat": ResNet(fused=True, block=nn.remat(Block)),
-    "jit": ResNet(fused=True, block=nn.jit(Block)),
 }
 
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_linen_resnet(name):
     assert check_linen(RESNETS[name], draw((2, 5, 5, 4))) == RESNET
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return LINEN(activation=nn.relu, name="bn")(nn.Dense(4, name="dense")(x))
+
+
+class Lifted(nn.Module):
+    """Two like blocks under `nn.jit` or `nn.remat`, and one without batch norm."""
+
+    lift: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = self.lift(Layer)(name=f"block{i}")(x)
+        return self.lift(nn.Dense)(2)(x)
+
+
+LIFTED = {"block0/bn": "block0/dense", "block1/bn": "block1/dense"}
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_linen_lifted(lift):
+    assert check_linen(Lifted(lift), draw((3, 4))) == LIFTED
 
 
 class Setup(nn.Module):
@@ -357,16 +378,21 @@ def functional(function):
 
 
 def shared_layers(_, x):
-    conv, norm = nn.Dense(4, name="dense"), LINEN(name="bn")
-    return norm(conv(nn.relu(norm(conv(x)))))
+    dense, norm = nn.Dense(4, name="dense"), LINEN(name="bn")
+    return norm(dense(nn.relu(norm(dense(x)))))
 
 
 def vmapped(_, x):
     dense, norm = nn.Dense(4, name="dense"), LINEN(axis=0, name="bn")
-    return jax.vmap(lambda v: norm(dense(v)), in_axes=1, out_axes=2)(x[:, None])
+    return jax.vmap(jax.vmap(lambda v: norm(dense(v))), in_axes=1, out_axes=2)(x[:, None])
 
 
-def casts_and_dropout(_, x):
+def mapped_apart(_, x):
+    dense, norm = nn.Dense(4, name="dense"), LINEN(axis=1, name="bn")
+    return jax.vmap(norm, in_axes=1)(jax.vmap(dense)(x[:, None]))
+
+
+def dropout(_, x):
     y = nn.Dense(4, name="dense")(x)
     return LINEN(name="bn")(nn.Dropout(0.5, deterministic=True)(y))
 
@@ -376,7 +402,7 @@ def of_a_mask(_, x):
     return LINEN(name="bn")(x=y, mask=x > 0)
 
 
-FOLDED = {f.__name__: f for f in (shared_layers, vmapped, casts_and_dropout, of_a_mask)}
+FOLDED = {f.__name__: f for f in (shared_layers, vmapped, mapped_apart, dropout, of_a_mask)}
 
 
 @pytest.mark.parametrize("name", FOLDED)
@@ -493,6 +519,18 @@ def training(_, x):
     return LINEN(use_running_average=None, name="bn")(nn.Dense(4)(x), use_running_average=False)
 
 
+def stacked_statistics(_, x):
+    """One kernel for all, and statistics for each."""
+    over = nn.vmap(
+        lambda module, x: module(x),
+        in_axes=None,
+        variable_axes={"params": None, "batch_stats": 0},
+        split_rngs={"params": False},
+        axis_size=3,
+    )
+    return over(Layer(), x)
+
+
 LEFT = {
     "activation": (lambda _, x: LINEN(name="bn")(nn.relu(nn.Dense(4)(x))), "but of relu"),
     "sum": (lambda _, x: LINEN(name="bn")(nn.Dense(4)(x) + x), "but of add"),
@@ -515,6 +553,7 @@ LEFT = {
     "dot-general": (dot_general, "of Dense_0, its dot_general is not JAX's"),
     "promotion": (another_promotion, "of Dense_0, its promote_dtype is not Flax's"),
     "batch-axes": (batch_axes, "of dense, its kernel has batch axes"),
+    "stacked": (stacked_statistics, "are not stacked alike"),
     "weight-norm": (weight_norm, ""),
     "tied": (Tied(), "something else reads the embedding of embed as well"),
     "weights": (OwnWeights(), "something else reads the kernel of dense as well"),
@@ -530,7 +569,7 @@ def test_linen_leaves(name):
     variables = variables_of(model, x)
     mutable = ["batch_stats", "intermediates"] if name in ("training", "sown") else False
     folded = jbn.linen.fold(model, variables, x, mutable=mutable)
-    left = {norm.path: norm for norm in folded.report}["bn"]
+    left = {norm.path.split("/")[-1]: norm for norm in folded.report}["bn"]
     assert left.into is None
     assert reason in left.reason
     assert left.reason in str(folded.report)
@@ -539,3 +578,392 @@ def test_linen_leaves(name):
         folded.apply_fn(folded.variables, x, mutable=mutable),
         model.apply(variables, x, mutable=mutable),
     )
+
+
+def test_linen_axis_under_vmap():
+    """The feature axis is that of the whole array."""
+
+    def across(_, x):
+        y = nn.Dense(4, name="dense")(x)
+        return jax.vmap(LINEN(axis=0, name="bn"), in_axes=1)(y)
+
+    done = check_linen(functional(across), draw((4, 4)))
+    assert done == {"bn": "its feature axes are (-2,), those of dense are (-1,)"}
+
+
+class Modes(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(4, use_bias=False)(x)
+        return jbn.linen.BatchNorm(activation=nn.relu)(x, not train)
+
+
+def test_linen_folded_does_not_train():
+    x = draw((3, 4))
+    variables = variables_of(Modes(), x, train=False)
+    folded = jbn.linen.fold(Modes(), variables, x, train=False)
+    assert list(folded.variables) == ["params"]
+    assert list(folded.variables["params"]) == ["Dense_0"]
+    with pytest.raises(ValueError, match=r"BatchNorm_0 was folded .* train the model"):
+        folded.apply_fn(folded.variables, x, train=True)
+
+
+def test_linen_errors():
+    x = draw((3, 4))
+    model = Modes()
+    variables = variables_of(model, x, train=False)
+    with pytest.raises(TypeError, match=r"must be a flax.linen.Module, got Linear"):
+        jbn.linen.fold(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), variables, x)
+    with pytest.raises(ValueError, match="must have the collection batch_stats, got params:"):
+        jbn.linen.fold(model, {"params": variables["params"]}, x, train=False)
+    params = variables["params"]["Dense_0"]
+    with pytest.raises(ValueError, match="has no batch norm to fold"):
+        jbn.linen.fold(nn.Dense(4, use_bias=False), {"params": params, "batch_stats": {}}, x)
+    with pytest.raises(Exception, match="Cannot update variable") as error:
+        jbn.linen.fold(model, variables, x, train=True)
+    assert "the arguments of inference" in "".join(error.value.__notes__)
+    for bad in (-1.0, np.nan):
+        stats = {"BatchNorm_0": {"mean": np.ones(4), "var": np.array([1, 1, bad, 1])}}
+        with pytest.raises(
+            ValueError, match=r"the running var of BatchNorm_0 must not be negative"
+        ):
+            jbn.linen.fold(model, {**variables, "batch_stats": stats}, x, train=False)
+    stats = {"BatchNorm_0": {"mean": np.ones(3), "var": np.ones(3)}}
+    with pytest.raises(ValueError, match="the running mean must have the shape"):
+        jbn.linen.fold(model, {**variables, "batch_stats": stats}, x, train=False)
+
+
+def test_linen_of_abstract_arguments_frozen_and_jitted():
+    """Nothing is computed from the arguments; FrozenDict stays one; jit may hold it all."""
+    x = draw((3, 4))
+    frozen = nn.FrozenDict(variables_of(Modes(), x, train=False))
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    folded = jbn.linen.fold(Modes(), frozen, shape, train=False)
+    assert isinstance(folded.variables, nn.FrozenDict)
+    want = Modes().apply(frozen, x, train=False)
+    close(folded.apply_fn(folded.variables, x, train=False), want)
+
+    @jax.jit
+    def whole(variables, x):
+        folded = jbn.linen.fold(Modes(), variables, x, train=False)
+        return folded.apply_fn(folded.variables, x, train=False)
+
+    close(whole(frozen, x), want)
+
+
+def test_linen_jitted_blocks_are_traced_anew():
+    """The caches of `nn.jit` neither hide the marks nor hand on a folded call."""
+    model, x = Lifted(nn.jit), draw((3, 4))
+    variables = variables_of(model, x)
+    want = model.apply(variables, x)
+    folded = jbn.linen.fold(model, variables, x)
+    assert all(norm.into for norm in folded.report)
+    close(folded.apply_fn(folded.variables, x), want)
+    assert "jbn_layer" not in str(jax.make_jaxpr(model.apply)(variables, x))
+    np.testing.assert_array_equal(model.apply(variables, x), want)
+
+
+def test_linen_boxes_and_shardings():
+    """A box stays, the new bias takes batch norm's, and a kernel stays where it is sharded."""
+    split = functools.partial(nn.with_partitioning, nn.initializers.ones)
+    model = nn.Sequential(
+        [
+            nn.Dense(8, use_bias=False, kernel_init=split((None, "model"))),
+            LINEN(bias_init=split(("model",))),
+        ]
+    )
+    x = draw((3, 4))
+    variables = variables_of(model, x)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = nn.get_partition_spec(variables)
+    shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+    variables = jax.device_put(variables, shardings)
+    folded = jbn.linen.fold(model, variables, x)
+    dense = folded.variables["params"]["layers_0"]
+    assert dense["kernel"].names == (None, "model")
+    assert dense["bias"].names == ("model",)
+    assert dense["kernel"].value.sharding.is_equivalent_to(
+        jax.NamedSharding(mesh, jax.P(None, "model")), 2
+    )
+    close(folded.apply_fn(folded.variables, x), model.apply(variables, x))
+
+
+@pytest.mark.parametrize("name", ["fused", "apart"])
+def test_nothing_of_batch_norm_is_left(name):
+    x = draw((2, 5, 5, 4))
+    variables = variables_of(RESNETS[name], x)
+    folded = jbn.linen.fold(RESNETS[name], variables, x)
+    assert " rsqrt " in str(jax.make_jaxpr(RESNETS[name].apply)(variables, x))
+    jaxpr = str(jax.make_jaxpr(folded.apply_fn)(folded.variables, x))
+    assert "rsqrt" not in jaxpr
+    assert "jbn_layer" not in jaxpr
+
+
+# --- models of NNX ---------------------------------------------------------------------------
+
+
+def nnx_norm(*args, cls=jbn.nnx.BatchNorm, **kwargs):
+    return cls(*args, use_running_average=True, rngs=nnx.Rngs(0), **kwargs)
+
+
+flax_nnx_norm = functools.partial(nnx_norm, cls=nnx.BatchNorm)
+
+
+def filled(make, dtype="float64"):
+    """A model of random weights, its initializers not run."""
+    model = nnx.eval_shape(make)
+    fill = functools.partial(drawn, dtype=dtype)
+    nnx.update(model, jax.tree.map_with_path(fill, nnx.state(model)))
+    return model
+
+
+def check_nnx(make, *args, tolerance=1e-12, **kwargs):
+    model = filled(make)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    method = kwargs.get("method", "__call__")
+    want = getattr(model, method)(*args)
+    folded, report = jbn.nnx.fold(model, *args, **kwargs)
+    close(getattr(folded, method)(*args), want, tolerance)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    return {norm.path: norm.into or norm.reason for norm in report}
+
+
+NNX_KINDS = {
+    "conv": (lambda: nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)), 6, IMAGE),
+    "no-bias": (
+        lambda: nnx.Conv(4, 6, (3, 3), strides=2, use_bias=False, rngs=nnx.Rngs(0)),
+        6,
+        IMAGE,
+    ),
+    "depthwise": (
+        lambda: nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=nnx.Rngs(0)),
+        4,
+        IMAGE,
+    ),
+    "masked": (lambda: nnx.Conv(4, 6, 1, mask=np.tri(4, 6)[None], rngs=nnx.Rngs(0)), 6, (2, 5, 4)),
+    "transposed": (lambda: nnx.ConvTranspose(4, 6, (3, 3), (2, 2), rngs=nnx.Rngs(0)), 6, IMAGE),
+    "transposed-kernel": (
+        lambda: nnx.ConvTranspose(
+            4, 6, (3, 3), (2, 2), transpose_kernel=True, use_bias=False, rngs=nnx.Rngs(0)
+        ),
+        6,
+        IMAGE,
+    ),
+    "linear": (lambda: nnx.Linear(4, 6, rngs=nnx.Rngs(0)), 6, (5, 4)),
+    "linear-no-bias": (lambda: nnx.Linear(4, 6, use_bias=False, rngs=nnx.Rngs(0)), 6, (5, 4)),
+    "general": (
+        lambda: nnx.LinearGeneral((2, 3), (4, 6), axis=(1, 2), rngs=nnx.Rngs(0)),
+        6,
+        (5, 2, 3),
+    ),
+    "general-no-bias": (
+        lambda: nnx.LinearGeneral(3, (4, 6), use_bias=False, rngs=nnx.Rngs(0)),
+        6,
+        (5, 3),
+    ),
+}
+"""Linear layers of NNX, with their features and the shape of the input."""
+
+
+@pytest.mark.parametrize("kind", NNX_KINDS)
+def test_nnx_layers(kind):
+    make, features, shape = NNX_KINDS[kind]
+    norm = functools.partial(nnx_norm, features, epsilon=0.1)
+    done = check_nnx(lambda: nnx.Sequential(make(), norm(), nnx.relu), draw(shape))
+    assert done == {"layers/1": "layers/0"}
+
+
+def test_nnx_embedding():
+    def make():
+        embed = nnx.Embed(7, 4, param_dtype="float64", rngs=nnx.Rngs(0))
+        return nnx.Sequential(embed, nnx_norm(4, use_scale=False))
+
+    assert check_nnx(make, np.array([[0, 3, 1], [2, 2, 6]])) == {"layers/1": "layers/0"}
+
+
+@pytest.mark.parametrize("norm", [nnx_norm, flax_nnx_norm], ids=["jbn", "flax"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nnx_dtypes(norm, dtype):
+    model = filled(
+        lambda: nnx.Sequential(
+            nnx.Linear(16, 6, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
+            norm(6, param_dtype=dtype, use_bias=False),
+            nnx.Linear(6, 2, rngs=nnx.Rngs(0)),
+        ),
+        dtype=None,
+    )
+    x = draw((8, 16), dtype)
+    folded, _ = jbn.nnx.fold(model, x)
+    close(folded(x), model(x), 1e-4 if dtype == "float32" else 0.05)
+    assert folded.layers[0].kernel.dtype == dtype
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, channels, features, fused, norm):
+        self.conv1 = nnx.Conv(channels, features, (3, 3), rngs=nnx.Rngs(0))
+        self.bn1 = norm(features)
+        self.conv2 = nnx.Conv(features, features, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+        self.bn2 = norm(features, activation=nnx.relu) if fused else norm(features)
+        self.fused, self.projects = fused, channels != features
+        if self.projects:
+            self.conv3, self.bn3 = (
+                nnx.Conv(channels, features, (1, 1), rngs=nnx.Rngs(0)),
+                norm(features),
+            )
+
+    def __call__(self, x):
+        y = self.conv2(nnx.relu(self.bn1(self.conv1(x))))
+        if self.projects:
+            x = self.bn3(self.conv3(x))
+        return self.bn2(y, residual=x) if self.fused else nnx.relu(self.bn2(y) + x)
+
+
+class NNXResNet(nnx.Module):
+    def __init__(self, fused, norm=nnx_norm, remat=False):
+        self.block0 = NNXBlock(4, 4, fused, norm)
+        self.block1 = NNXBlock(4, 6, fused, norm)
+        self.head, self.remat = nnx.Linear(6, 3, rngs=nnx.Rngs(0)), remat
+
+    def __call__(self, x):
+        for block in (self.block0, self.block1):
+            x = nnx.remat(lambda b, x: b(x))(block, x) if self.remat else block(x)
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("fused", "norm", "remat"),
+    [(True, nnx_norm, False), (False, flax_nnx_norm, False), (True, nnx_norm, True)],
+)
+def test_nnx_resnet(fused, norm, remat):
+    make, x = functools.partial(NNXResNet, fused, norm, remat), draw((2, 5, 5, 4))
+    assert check_nnx(make, x) == RESNET
+    folded, _ = jbn.nnx.fold(filled(make), x)
+    assert not jax.tree.leaves(nnx.state(folded, nnx.BatchStat))
+    assert isinstance(folded.block0, NNXBlock)
+    graphdef, state = nnx.split(folded)
+    jaxpr = jax.make_jaxpr(lambda s, x: nnx.merge(graphdef, s)(x))(state, x)
+    assert "rsqrt" not in str(jaxpr)
+
+
+class Stacked(nnx.Module):
+    """Layers stacked by `nnx.vmap` and scanned over, or run side by side."""
+
+    def __init__(self, scanned):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0)
+        def make(rngs):
+            layer = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+            return nnx.Sequential(layer, nnx_norm(4), jnp.tanh)
+
+        self.layers, self.scanned = make(nnx.Rngs(0)), scanned
+
+    def __call__(self, x):
+        if self.scanned:
+            scan = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return scan(x, self.layers)
+        return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.layers, x)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_nnx_stacked(scanned):
+    done = check_nnx(functools.partial(Stacked, scanned), draw((5, 4)))
+    assert done == {"layers/layers/1": "layers/layers/0"}
+
+
+class Several(nnx.Module):
+    """What may and what may not be folded, at once."""
+
+    def __init__(self):
+        self.layers = nnx.data((nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx_norm(4), nnx_norm(4)))
+        self.shared = nnx.Dict(
+            dense=nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0)), bn=nnx_norm(4)
+        )
+        self.tied = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+        self.again = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+        self.again.kernel = self.tied.kernel
+        self.bn, self.unused = nnx_norm(4), nnx_norm(4)
+        self.training, self.first = nnx_norm(4), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        dense, bn, after = self.layers
+        x = after(nnx.relu(bn(dense(x))))
+        for _ in range(2):
+            x = self.shared["bn"](self.shared["dense"](x))
+        x = self.again(self.bn(self.tied(x)))
+        return self.training(self.first(x), use_running_average=False)
+
+    def tail(self, x):
+        return self.bn(self.tied(x))
+
+
+def test_nnx_folds_and_leaves():
+    assert check_nnx(Several, draw((3, 4)), method="tail")["bn"] == "tied"
+    model = filled(Several)
+    x = draw((3, 4))
+    folded, report = jbn.nnx.fold(model, x)
+    done = {norm.path: norm.into or norm.reason for norm in report}
+    assert done["layers/1"] == "layers/0"
+    assert "but of relu" in done["layers/2"]
+    assert done["shared/bn"] == "shared/dense"
+    assert done["bn"] == "something else reads the kernel of tied as well"
+    assert "does not call it" in done["unused"]
+    assert "it runs in training mode" in done["training"]
+    close(folded(x), model(x))
+
+
+class Varies(nnx.Module):
+    def __init__(self):
+        self.dense, self.bn = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx_norm(4)
+
+    def __call__(self, x):
+        for epsilon in (0.1, 0.5):
+            self.bn.epsilon = epsilon
+            x = self.bn(self.dense(x))
+        return x
+
+
+def test_nnx_settings_of_each_call():
+    assert check_nnx(Varies, draw((3, 4))) == {"bn": "its settings differ from call to call"}
+
+
+def test_nnx_modes_and_views():
+    model = filled(
+        lambda: nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx_norm(3, activation=nnx.relu))
+    )
+    x = draw((2, 4))
+    model.train()
+    _, report = jbn.nnx.fold(model, x)
+    assert str(report) == "layers/1  left: it runs in training mode"
+    model.eval()
+    folded, _ = jbn.nnx.fold(model, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    close(nnx.view(folded, use_running_average=True)(x), model(x))
+    folded.train()
+    with pytest.raises(ValueError, match="this batch norm was folded"):
+        folded(x)
+
+
+def test_nnx_metadata():
+    """The variables keep theirs, and the new bias takes that of batch norm's."""
+
+    def make():
+        options = {"use_bias": False, "kernel_metadata": {"tag": "kernel"}}
+        layer = nnx.Linear(4, 3, **options, rngs=nnx.Rngs(0))
+        return nnx.Sequential(layer, nnx_norm(3, bias_metadata={"tag": "bias"}))
+
+    model = filled(make)
+    folded, _ = jbn.nnx.fold(model, draw((2, 4)))
+    assert folded.layers[0].kernel.get_metadata()["tag"] == "kernel"
+    assert folded.layers[0].bias.get_metadata()["tag"] == "bias"
+    assert model.layers[0].bias is None
+
+
+def test_nnx_errors():
+    x = draw((2, 4))
+    with pytest.raises(TypeError, match=r"must be a flax.nnx.Module, got Dense"):
+        jbn.nnx.fold(nn.Dense(3), x)
+    with pytest.raises(ValueError, match="has no batch norm to fold"):
+        jbn.nnx.fold(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), x)
+    model = filled(lambda: nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx_norm(3)))
+    model.layers[1].var[...] = jnp.array([1, np.nan, -1])
+    with pytest.raises(ValueError, match=r"the running var of layers/1 .*2 of 3"):
+        jbn.nnx.fold(model, x)

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.core
+import flax.errors
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
@@ -83,23 +85,23 @@ def fold(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
         >>> y = jax.jit(folded.apply_fn)(folded.variables, x)
     """
     norms = analyse(model, variables, *args, **kwargs)
-    flat = traverse_util.flatten_dict(flax.core.unfreeze(variables), keep_empty_nodes=True)
-    arrays = {path: meta.unbox(value) for path, value in flat.items()}
-    seen = {norm.layer.call.path for norm in norms}
-    stats = dict.fromkeys(path[1:-1] for path in flat if path[0] == "batch_stats" and path[1:])
-    uncalled = ["/".join(path) for path in stats if path not in seen and path]
-    report = _fold.report(norms, uncalled)
-    dtypes, biased = {}, set()
+    given: Any = variables
+    flat = traverse_util.flatten_dict(flax.core.unfreeze(given), keep_empty_nodes=True)
+    arrays = {_by_layer(path): meta.unbox(value) for path, value in flat.items()}
+    stats = {_by_layer(path)[:-1]: None for path in flat if path[0] == "batch_stats" != path[-1]}
+    called = {norm.layer.path for norm in norms}
+    report = _fold.report(norms, ["/".join(path) for path in stats if path not in called])
+    dtypes: dict[_graph.Path, Any] = {}
+    biased = set()
     for norm in norms:
-        if norm.obstacle is not None:
-            continue
-        assert norm.feeder is not None
-        own = norm.layer.variables
-        params = [arrays[own[k].path].dtype if k in own else None for k in ("scale", "bias")]
-        dtypes[norm.layer.call.path] = tuple(params)
-        if "bias" not in norm.feeder.variables and "embedding" not in norm.feeder.variables:
-            biased.add(norm.feeder.call.path)
-        _write(flat, norm, _fold.fold_variables(norm, arrays))
+        if norm.obstacle is None:
+            own, feeder = norm.layer.variables, _fold.feeder_of(norm)
+            dtypes[norm.layer.path] = tuple(
+                arrays[own[name].path].dtype if name in own else None for name in ("scale", "bias")
+            )
+            new = _fold.fold_variables(norm, arrays)
+            biased |= {feeder.path} if "bias" in new.keys() - feeder.variables.keys() else set()
+            _write(flat, norm, new)
     folded: Any = traverse_util.unflatten_dict(flat)
     if isinstance(variables, flax.core.FrozenDict):
         folded = flax.core.freeze(folded)
@@ -126,25 +128,37 @@ def analyse(
         with _tracing("marks"), nn.intercept_methods(_mark):
             return model.apply(variables, *args, **kwargs)
 
-    paths = [_layer._names(path) for path, _ in jax.tree.leaves_with_path(variables)]
+    paths = [_by_layer(_layer._names(p)) for p, _ in jax.tree.leaves_with_path(variables)]
     try:
-        return _graph.analyse(_graph.trace(run, variables, args, kwargs), paths)
+        closed = _graph.trace(run, variables, args, kwargs)
     except flax.errors.ModifyScopeVariableError as error:
         error.add_note("Give the arguments of inference, such as train=False.")
         raise
+    return _graph.analyse(closed, paths, shares_traces=True)
 
 
-def _write(flat: dict[Any, Any], norm: _graph.Norm, folded: dict[str, jax.Array]) -> None:
+def _by_layer(path: tuple[Any, ...]) -> _graph.Path:
+    """A path in the variables with the layer's in front: (*layer, (collection, name))."""
+    collection, *layer = path
+    return (*layer[:-1], (collection, *layer[-1:]))
+
+
+def _in_variables(path: _graph.Path) -> tuple[Any, ...]:
+    *layer, (collection, name) = path
+    return (collection, *layer, name)
+
+
+def _write(flat: dict[Any, Any], norm: _graph.Norm, new: dict[str, jax.Array]) -> None:
     """Puts the folded variables in place of those of the two layers, in their boxes."""
-    assert norm.feeder is not None
-    own, feeder = norm.layer.variables, norm.feeder
-    like = next((flat[own[k].path] for k in ("bias", "scale") if k in own), None)
-    for name, value in folded.items():
-        path = (*feeder.variables[feeder.call.names[0]].path[:-1], name)
+    own = {name: _in_variables(v.path) for name, v in norm.layer.variables.items()}
+    like = next((flat[own[name]] for name in ("bias", "scale") if name in own), None)
+    kernel = next(iter(_fold.feeder_of(norm).variables.values()))
+    for name, value in new.items():
+        path = (*_in_variables(kernel.path)[:-1], name)
         box = flat.get(path, like)
         fits = isinstance(box, meta.AxisMetadata) and meta.unbox(box).ndim == value.ndim
         flat[path] = meta.replace_boxed(box, value) if fits else value
-    for path in (*(variable.path for variable in own.values()), (*own["mean"].path[:-1], "count")):
+    for path in (*own.values(), (*own["mean"][:-1], "count")):
         flat.pop(path, None)
 
 
@@ -226,6 +240,5 @@ def _mark(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
 def _kernel_axes(module: Any) -> tuple[int, ...]:
     """Where the output features lie in the kernel."""
     if type(module) is nn.DenseGeneral:
-        n = len(module.features) if hasattr(module.features, "__len__") else 1
-        return tuple(range(-n, 0))
+        return tuple(range(-np.size(module.features), 0))
     return (-2,) if getattr(module, "transpose_kernel", False) else (-1,)

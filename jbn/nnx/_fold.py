@@ -81,9 +81,8 @@ def fold(
     arrays = dict(_arrays(folded))
     for norm in norms:
         if norm.obstacle is None:
-            assert norm.feeder is not None
-            new = _fold.fold_variables(norm, arrays)
-            _write(layers[norm.layer.call.path], layers[norm.feeder.call.path], new)
+            layer, feeder = norm.layer.call.path, _fold.feeder_of(norm).call.path
+            _write(layers[layer], layers[feeder], _fold.fold_variables(norm, arrays))
     return folded, report
 
 
@@ -115,7 +114,7 @@ def analyse(
         return outputs, after
 
     closed = _graph.trace(run, state, args, kwargs)
-    return _graph.analyse(closed, _paths(state), unchanged)
+    return _graph.analyse(closed, _paths(state), unchanged=unchanged)
 
 
 def _layers(model: nnx.Module) -> Any:
@@ -186,9 +185,11 @@ def _write(norm: Any, feeder: Any, new: dict[str, jax.Array]) -> None:
         metadata = like.get_metadata() if like is not None and like.ndim == value.ndim else {}
         feeder.bias = nnx.Param(value, **metadata)
         feeder.use_bias = True
-    promoted = ["scale", "bias"] if type(norm) is BatchNorm else ["mean", "var", "scale", "bias"]
-    norm.dtypes = tuple(v.dtype for v in (getattr(norm, k) for k in promoted) if v is not None)
-    for name in ("mean", "var", "scale", "bias", "count"):
+    kind: Any = type(norm)
+    promoted = ["scale", "bias"] if kind is BatchNorm else ["mean", "var", "scale", "bias"]
+    found = [v for v in (getattr(norm, name) for name in promoted) if v is not None]
+    norm.dtypes = tuple(v.dtype for v in found)
+    for name in vars(norm).keys() & {"mean", "var", "scale", "bias", "count"}:
         setattr(norm, name, nnx.data(None))
     _become(norm, FoldedBatchNorm)
 
