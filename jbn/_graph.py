@@ -269,15 +269,8 @@ def _equation(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> list[_Val
             outs = [v._replace(source=words) if isinstance(v.source, str) else v for v in outs]
         return outs
     reads = _reads(operands)
-    while inner:  # such as while and shard_map, whatever depends on whatever in them
-        outs = [
-            out
-            for jaxpr in inner
-            for out in _walk(jaxpr, [_Value(name, reads)] * len(_invars(jaxpr)), found)
-        ]
-        if _reads(outs) <= reads:
-            break
-        reads |= _reads(outs)
+    for jaxpr in inner:  # such as while and shard_map, in which no variable is known as stored
+        reads |= _reads(_walk(jaxpr, [_Value(name, reads)] * len(_invars(jaxpr)), found))
     return [_Value(name, reads)] * len(eqn.outvars)
 
 

@@ -1,7 +1,6 @@
 """Batch norm folded into the layer before it: the numbers, and what may be folded at all."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -94,6 +93,13 @@ def test_pure_function_rounds_once():
     for u, v in zip(got, wide, strict=True):
         assert u.dtype == jnp.bfloat16
         np.testing.assert_array_equal(u, v.astype(jnp.bfloat16))
+
+
+def test_pure_function_keeps_the_precision_of_the_kernel():
+    kernel, var = draw((3, 2)), np.ones(2, "float32")
+    got, bias = jbn.fold_batch_norm(kernel, None, np.zeros(2, "float32"), var, epsilon=0.0)
+    np.testing.assert_array_equal(got, kernel)
+    assert bias.dtype == np.float64
 
 
 def test_pure_function_of_complex_numbers():
@@ -194,8 +200,9 @@ def test_linen_options(norm, options):
 def test_linen_dtypes(dtype, norm_dtype):
     """The output's dtype is as before, float32 keeps 1e-4, bfloat16 its own rounding."""
     x = draw((8, 16), "float32")
+    activation = nn.gelu if dtype == "float32" else None
     model = nn.Sequential(
-        [nn.Dense(6, dtype=dtype), LINEN(dtype=norm_dtype, activation=nn.gelu), nn.Dense(2)]
+        [nn.Dense(6, dtype=dtype), LINEN(dtype=norm_dtype, activation=activation)]
     )
     variables = variables_of(model, x, dtype="float32")
     tolerance = 1e-4 if "bfloat16" not in (dtype, norm_dtype) else 0.05
@@ -262,23 +269,26 @@ class Layer(nn.Module):
 
 
 class Lifted(nn.Module):
-    """Two like blocks under `nn.jit` or `nn.remat`, and one without batch norm."""
+    """Two like blocks under `nn.jit` or `nn.remat`."""
 
-    lift: Callable
+    layer: type
 
     @nn.compact
     def __call__(self, x):
         for i in range(2):
-            x = self.lift(Layer)(name=f"block{i}")(x)
-        return self.lift(nn.Dense)(2)(x)
+            x = self.layer(name=f"block{i}")(x)
+        return x
+
+
+JITTED, REMATTED = nn.jit(Layer), nn.remat(Layer)
 
 
 LIFTED = {"block0/bn": "block0/dense", "block1/bn": "block1/dense"}
 
 
-@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
-def test_linen_lifted(lift):
-    assert check_linen(Lifted(lift), draw((3, 4))) == LIFTED
+@pytest.mark.parametrize("layer", [JITTED, REMATTED])
+def test_linen_lifted(layer):
+    assert check_linen(Lifted(layer), draw((3, 4))) == LIFTED
 
 
 class Setup(nn.Module):
@@ -392,6 +402,10 @@ def mapped_apart(_, x):
     return jax.vmap(norm, in_axes=1)(jax.vmap(dense)(x[:, None]))
 
 
+def half_mapped(_, x):
+    return LINEN(name="bn")(jax.vmap(nn.Dense(4, name="dense"))(x))
+
+
 def dropout(_, x):
     y = nn.Dense(4, name="dense")(x)
     return LINEN(name="bn")(nn.Dropout(0.5, deterministic=True)(y))
@@ -402,7 +416,9 @@ def of_a_mask(_, x):
     return LINEN(name="bn")(x=y, mask=x > 0)
 
 
-FOLDED = {f.__name__: f for f in (shared_layers, vmapped, mapped_apart, dropout, of_a_mask)}
+FOLDED = {
+    f.__name__: f for f in (shared_layers, vmapped, mapped_apart, half_mapped, dropout, of_a_mask)
+}
 
 
 @pytest.mark.parametrize("name", FOLDED)
@@ -653,7 +669,7 @@ def test_linen_of_abstract_arguments_frozen_and_jitted():
 
 def test_linen_jitted_blocks_are_traced_anew():
     """The caches of `nn.jit` neither hide the marks nor hand on a folded call."""
-    model, x = Lifted(nn.jit), draw((3, 4))
+    model, x = Lifted(JITTED), draw((3, 4))
     variables = variables_of(model, x)
     want = model.apply(variables, x)
     folded = jbn.linen.fold(model, variables, x)
