@@ -55,7 +55,9 @@ TPU_TOPOLOGIES = {
 PER_NODE = 8  # GPUs
 # By default XLA writes a small all-gather over a whole slice of 64 chips or more as an all-reduce
 # of the gathered array, zeros but for each chip's own part: 128 times the bytes of a sum.
-COMPILER_OPTIONS = {"tpu": {"xla_tpu_prefer_async_allgather_to_allreduce": True}}
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+    "tpu": {"xla_tpu_prefer_async_allgather_to_allreduce": True}
+}
 GROUPS = (2, 4, 8, 16, 32)
 PLOTTED_GROUP = 8
 
