@@ -96,9 +96,10 @@ def test_pure_function_rounds_once():
 
 
 def test_pure_function_keeps_the_precision_of_the_kernel():
-    kernel, var = draw((3, 2)), np.ones(2, "float32")
-    got, bias = jbn.fold_batch_norm(kernel, None, np.zeros(2, "float32"), var, epsilon=0.0)
-    np.testing.assert_array_equal(got, kernel)
+    kernel, var = draw((3, 2)), 1 + draw(2, "float32") ** 2
+    got, bias = jbn.fold_batch_norm(kernel, None, np.zeros(2, "float32"), var)
+    want = kernel / np.sqrt(var.astype("float64") + 1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-14)
     assert bias.dtype == np.float64
 
 
@@ -440,6 +441,28 @@ class Tied(nn.Module):
         return embed.attend(LINEN(name="bn")(embed(jnp.arange(4))) + x)
 
 
+class OwnInput(nn.Module):
+    """A table that decides which of its own rows are taken."""
+
+    @nn.compact
+    def __call__(self, x):
+        embed = nn.Embed(4, 4, name="embed")
+        return LINEN(name="bn")(embed(jnp.argsort(embed.embedding[:, 0]))) + x
+
+
+class Steps(nn.Module):
+    """A layer outside a scan, and the batch norm of its output in it."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            lambda norm, carry, x: (carry, norm(x)),
+            variable_broadcast=["params", "batch_stats"],
+            split_rngs={"params": False},
+        )
+        return scan(LINEN(name="bn"), None, nn.Dense(4, name="dense")(x))[1]
+
+
 class OwnWeights(nn.Module):
     """A kernel that is read by name beside its layer's call."""
 
@@ -572,6 +595,8 @@ LEFT = {
     "stacked": (stacked_statistics, "are not stacked alike"),
     "weight-norm": (weight_norm, ""),
     "tied": (Tied(), "something else reads the embedding of embed as well"),
+    "own-input": (OwnInput(), "something else reads the embedding of embed as well"),
+    "steps": (Steps(), "is not the output of a linear layer, but of scan"),
     "weights": (OwnWeights(), "something else reads the kernel of dense as well"),
     "scale": (OwnScale(), "something else reads the scale of bn as well"),
 }
@@ -677,6 +702,14 @@ def test_linen_jitted_blocks_are_traced_anew():
     close(folded.apply_fn(folded.variables, x), want)
     assert "jbn_layer" not in str(jax.make_jaxpr(model.apply)(variables, x))
     np.testing.assert_array_equal(model.apply(variables, x), want)
+    x, narrow = x.astype("float32"), jax.tree.map(lambda v: v.astype("float32"), variables)
+    wide = {
+        name: block | {"bn": variables["params"][name]["bn"]}
+        for name, block in narrow["params"].items()
+    }
+    for given in (narrow, narrow | {"params": wide}):  # which differ in what was folded alone
+        folded = jbn.linen.fold(model, given, x)
+        close(folded.apply_fn(folded.variables, x), model.apply(given, x), 1e-4)
 
 
 def test_linen_boxes_and_shardings():
@@ -804,7 +837,6 @@ def test_nnx_dtypes(norm, dtype):
         lambda: nnx.Sequential(
             nnx.Linear(16, 6, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
             norm(6, param_dtype=dtype, use_bias=False),
-            nnx.Linear(6, 2, rngs=nnx.Rngs(0)),
         ),
         dtype=None,
     )
