@@ -127,8 +127,8 @@ def pool(
     max_batches: int | None,
     progress: bool,
     description: str,
-) -> dict[str, Pooled]:
-    """The moments of each layer over all batches, in one pass over them.
+) -> tuple[dict[str, Pooled], Any]:
+    """The moments of each layer over all batches, in one pass over them, and a batch's shapes.
 
     The host merges the moments of one batch, O(C) numbers, while the device computes the next. It
     has float64, in which counts beyond 2^24 are exact and a small variance between large means
@@ -153,10 +153,11 @@ def pool(
             pools[name] = _merged(pools.get(name), new, shapes[name])
 
     pending: dict[str, jbn.Moments] = {}
-    seen = 0
+    seen, shapes_of_batch = 0, None
     with _bar(progress) as bar:
         for batch in bar.track(batches, total=total, description=description):
             _check_batch(seen, batch)
+            shapes_of_batch = jax.tree.map(_shape_of, batch)
             moments = jax.tree.map(whole, step(batch))
             jax.tree.map(lambda leaf: leaf.copy_to_host_async(), moments)
             merge(pending)
@@ -167,7 +168,7 @@ def pool(
             "batches is empty: pass at least one batch; a generator that was used up must be made "
             "anew."
         )
-    return pools
+    return pools, shapes_of_batch
 
 
 def new_stats(
@@ -223,6 +224,12 @@ def _bar(progress: bool) -> Progress:
     shown = progress and (console.is_terminal or console.is_jupyter)
     columns = *Progress.get_default_columns(), MofNCompleteColumn()
     return Progress(*columns, console=console, disable=not shown)
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of an array."""
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _check_batch(index: int, batch: Any) -> None:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jbn._calibrate import Pooled, whole
+from jbn import _graph
+from jbn._calibrate import Pooled, join, whole
 
 # In standard deviations: of a running mean, from which calibrating is worth it.
 _DRIFT = 0.5
@@ -48,6 +49,9 @@ class Row:
         dead: features whose |scale| is less than 0.001 of the model's median.
         exploding: features whose |scale| is more than 100 times the model's median.
         smallest_count: the fewest elements that a feature had in a batch.
+        useless_bias_of: the layer before, if batch norm takes away its bias with the mean; else
+            None.
+        useless_parameters: how many that bias has.
         findings: what is worth a look, in words.
     """
 
@@ -61,6 +65,8 @@ class Row:
     dead: int
     exploding: int
     smallest_count: float
+    useless_bias_of: str | None
+    useless_parameters: int
     findings: tuple[str, ...]
 
 
@@ -133,10 +139,38 @@ class Report:
         figure.savefig(path)
 
 
+class Bias(NamedTuple):
+    """A bias that changes nothing: the layer that it belongs to, and how many parameters it has."""
+
+    layer: str | None
+    parameters: int
+
+
+def useless_biases(
+    norms: Iterable[_graph.Norm], arrays: Mapping[_graph.Path, Any]
+) -> dict[str, Bias]:
+    """The biases of layers that nothing but a batch norm reads, by the name of that batch norm.
+
+    Args:
+        norms: of the model's call in training mode.
+        arrays: the model's variables by path.
+    """
+    found = {}
+    for norm in norms:
+        feeder = norm.feeder
+        if feeder is None or not norm.alone or "bias" not in feeder.variables:
+            continue
+        if len(norm.layer.positions) == len(feeder.call.axes):  # else it varies within a feature
+            size = arrays[feeder.variables["bias"].path].size
+            found[join(norm.layer.path)] = Bias(join(feeder.path), size)
+    return found
+
+
 def make(
     layers: Mapping[str, tuple[Layer, Pooled]],
     stats: Mapping[str, Mapping[str, Any]],
     scales: Mapping[str, Any],
+    biases: Mapping[str, Bias],
 ) -> Report:
     """The report.
 
@@ -144,6 +178,7 @@ def make(
         layers: each layer and its moments over the batches, by name.
         stats: the running mean and var of each layer.
         scales: the scale of each layer that has one.
+        biases: of the layers before these, those that are useless.
     """
     values = {
         name: _compared(layer, stats[name], pooled) for name, (layer, pooled) in layers.items()
@@ -155,7 +190,10 @@ def make(
         values[name]["scale"] = sizes[name].ravel()
     every = [v["scale"] for v in values.values() if "scale" in v]
     median = float(np.median(np.concatenate(every))) if every else 1.0
-    rows = (_row(name, *layers[name], values[name], median) for name in layers)
+    none = Bias(None, 0)
+    rows = (
+        _row(name, *layers[name], values[name], median, biases.get(name, none)) for name in layers
+    )
     return Report(tuple(rows), values)
 
 
@@ -176,7 +214,12 @@ def _compared(layer: Layer, stats: Mapping[str, Any], pooled: Pooled) -> dict[st
 
 
 def _row(
-    name: str, layer: Layer, pooled: Pooled, values: Mapping[str, np.ndarray], median: float
+    name: str,
+    layer: Layer,
+    pooled: Pooled,
+    values: Mapping[str, np.ndarray],
+    median: float,
+    bias: Bias,
 ) -> Row:
     seen = pooled.count.ravel() > 0
     drift, ratio = (values[key][seen] if seen.any() else np.nan for key in ("drift", "var_ratio"))
@@ -192,6 +235,8 @@ def _row(
         dead=int((scale < _DEAD * median).sum()),
         exploding=int((scale > _EXPLODING * median).sum()),
         smallest_count=float(pooled.smallest.min(initial=np.inf)),
+        useless_bias_of=bias.layer,
+        useless_parameters=bias.parameters,
         findings=(),
     )
     return dataclasses.replace(row, findings=_findings(row, pooled))
@@ -211,5 +256,7 @@ def _findings(row: Row, pooled: Pooled) -> tuple[str, ...]:
             row.smallest_count < _FEW
         ),
         f"features with moments that are not finite: {left_out}": left_out,
+        f"the bias of {row.useless_bias_of or 'the layer before'} changes nothing: "
+        f"use_bias=False saves {row.useless_parameters} parameters": row.useless_parameters,
     }
     return tuple(words for words, holds in told.items() if holds)

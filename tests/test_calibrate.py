@@ -576,7 +576,7 @@ def test_pool_is_exact_beyond_float32():
         max_batches=None,
         progress=False,
         description="",
-    )[""]
+    )[0][""]
     mean, var, n = (np.array([m[k][0] for m in moments], np.float64) for k in range(3))
     center = (n * mean).sum() / n.sum()
     assert pooled.count == n.sum() == 2**25 + 32
@@ -590,7 +590,7 @@ def test_pool_of_batches_in_parts():
     """Two parts of a batch, as under a scan over time, count as batches do."""
     parts = jbn.Moments(*(jnp.array(v) for v in ([[1.0], [4.0]], [[0.5], [2.0]], [[6.0], [3.0]])))
     options = {"max_batches": None, "progress": False, "description": ""}
-    pooled = _calibrate.pool(lambda _: {"": parts}, {"": (1,)}, [0, 0], **options)[""]
+    pooled = _calibrate.pool(lambda _: {"": parts}, {"": (1,)}, [0, 0], **options)[0][""]
     assert (pooled.batches, pooled.smallest, pooled.count) == (4, 3, 18)
     assert (pooled.mean, pooled.var) == pytest.approx((2, (6 * 1.5 + 3 * 6) / 9), rel=1e-14)
 

@@ -165,3 +165,58 @@ def test_bad_input_is_that_of_calibrate():
         report_linen([])
     with pytest.raises(TypeError, match=r"pass \[batch\]"):
         report_nnx(X)
+
+
+class Biased(nn.Module):
+    """Six batch norms, of which the first two take a bias away."""
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(name, x, **kwargs):
+            return jbn.linen.BatchNorm(use_running_average=False, name=name, **kwargs)(x)
+
+        x = nn.relu(norm("a", nn.Dense(5, name="useless")(x)))
+        x = norm("b", nn.DenseGeneral((2, 3), name="pair")(x), axis=(-2, -1), activation=nn.relu)
+        x = norm("c", nn.DenseGeneral((2, 3), axis=(-2, -1), name="rows")(x))  # 3 of 6 features
+        x = norm("d", nn.relu(nn.Dense(4, name="rectified")(x)))
+        x = norm("e", nn.Dense(4, use_bias=False, name="without")(x))
+        logits = nn.Dense(4, name="read")(x)
+        return norm("f", logits) + logits
+
+
+class BiasedModel(nnx.Module):
+    """The same."""
+
+    def __init__(self, rngs):
+        def norm(*features, **kwargs):
+            return jbn.nnx.BatchNorm(*features, rngs=rngs, **kwargs)
+
+        self.useless, self.a = nnx.Linear(3, 5, rngs=rngs), norm(5)
+        self.pair = nnx.LinearGeneral(5, (2, 3), rngs=rngs)
+        self.b = norm((2, 3), axis=(-2, -1), activation=nnx.relu)
+        self.rows = nnx.LinearGeneral((2, 3), (2, 3), axis=(-2, -1), rngs=rngs)
+        self.c = norm(3)
+        self.rectified, self.d = nnx.Linear(3, 4, rngs=rngs), norm(4)
+        self.without, self.e = nnx.Linear(4, 4, use_bias=False, rngs=rngs), norm(4)
+        self.read, self.f = nnx.Linear(4, 4, rngs=rngs), norm(4)
+
+    def __call__(self, x):
+        x = nnx.relu(self.a(self.useless(x)))
+        x = self.c(self.rows(self.b(self.pair(x))))
+        x = self.e(self.without(self.d(nnx.relu(self.rectified(x)))))
+        logits = self.read(x)
+        return self.f(logits) + logits
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_useless_biases(kind):
+    if kind == "nnx":
+        found = jbn.nnx.report(BiasedModel(nnx.Rngs(0)), BATCHES)
+    else:
+        variables = Biased().init(jax.random.key(0), X)
+        found = jbn.linen.report(Biased().apply, variables, BATCHES)
+    told = {row.layer: (row.useless_bias_of, row.useless_parameters) for row in found.rows}
+    useless = {"a": ("useless", 5), "b": ("pair", 6)}
+    assert told == dict.fromkeys("cdef", (None, 0)) | useless
+    words = "the bias of pair changes nothing: use_bias=False saves 6 parameters"
+    assert [words in row.findings for row in found.rows] == [row.layer == "b" for row in found.rows]

@@ -83,7 +83,7 @@ def calibrate(
         >>> variables["batch_stats"]["mean"].tolist()
         [2.5]
     """
-    pooled = pool(
+    pooled, _ = pool(
         apply_fn,
         variables,
         batches,
@@ -106,8 +106,10 @@ def calibrate(
 
 def pool(
     apply_fn: Callable[..., Any], variables: Mapping[str, Any], batches: Any, **options: Any
-) -> dict[str, tuple[BatchNorm, _calibrate.Pooled]]:
+) -> tuple[dict[str, tuple[BatchNorm, _calibrate.Pooled]], Any]:
     """Each layer that normalizes by its batch, unbound, and its moments over all batches.
+
+    And the shapes of a batch.
 
     Args:
         apply_fn: as for `calibrate`.
@@ -121,15 +123,14 @@ def pool(
     shapes = {name: layer["mean"].shape for name, layer in stats.items()}
     layers: dict[str, BatchNorm] = {}
     called: set[str] = set()
-    # All that the model may change in training; of these changes only the moments are taken. The
-    # last name is new in each call, lest nn.jit finds its trace and no layer is met.
-    mutable = {*variables} - {"params"} | {"batch_stats", "batch_moments", f"call{next(_calls)}"}
+    # The last name is new in each call, lest nn.jit finds its trace and no layer is met.
+    mutable = [*changed_in_training(variables), f"call{next(_calls)}"]
 
     @jax.jit
     def step(variables: Mapping[str, Any], batch: Any) -> dict[str, jbn.Moments]:
         training: dict[str, BatchNorm] = {}
         with nn.intercept_methods(lambda *call: _note_layer(training, called, *call)):
-            result = apply_fn(variables, batch, mutable=sorted(mutable))
+            result = apply_fn(variables, batch, mutable=mutable)
         moments: dict[str, Any] = {
             _calibrate.join(path[:-1]): value
             for path, value in flatten_dict(_updated(result).get("batch_moments", {})).items()
@@ -145,9 +146,14 @@ def pool(
     if "batch_moments" in variables:  # of init, or of an earlier batch
         empty = jax.tree.map(jnp.zeros_like, variables["batch_moments"])
         variables = _replaced(variables, "batch_moments", empty)
-    pooled = _calibrate.pool(lambda batch: step(variables, batch), shapes, batches, **options)
+    pooled, batch = _calibrate.pool(lambda b: step(variables, b), shapes, batches, **options)
     _calibrate.warn_silent(sorted(stats.keys() - called), stacklevel=3)
-    return {name: (layers[name], pooled[name]) for name in layers if name in pooled}
+    return {name: (layers[name], pooled[name]) for name in layers if name in pooled}, batch
+
+
+def changed_in_training(variables: Mapping[str, Any]) -> list[str]:
+    """All collections that the model may change; of these changes only the moments are taken."""
+    return sorted({*variables} - {"params"} | {"batch_stats", "batch_moments"})
 
 
 def _replaced(variables: Mapping[str, Any], name: str, collection: Any) -> Mapping[str, Any]:

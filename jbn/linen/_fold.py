@@ -84,11 +84,11 @@ def fold(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
         (['params'], ['layers_0', 'layers_2'])
         >>> y = jax.jit(folded.apply_fn)(folded.variables, x)
     """
-    norms = analyse(model, variables, *args, **kwargs)
+    norms = _analyse(model, variables, *args, **kwargs)
     given: Any = variables
     flat = traverse_util.flatten_dict(flax.core.unfreeze(given), keep_empty_nodes=True)
-    arrays = {_by_layer(path): meta.unbox(value) for path, value in flat.items()}
-    stats = {_by_layer(path)[:-1]: None for path in flat if path[0] == "batch_stats" != path[-1]}
+    arrays = {by_layer(path): meta.unbox(value) for path, value in flat.items()}
+    stats = {by_layer(path)[:-1]: None for path in flat if path[0] == "batch_stats" != path[-1]}
     called = {norm.layer.path for norm in norms}
     report = _fold.report(norms, ["/".join(path) for path in stats if path not in called])
     dtypes: dict[_graph.Path, Any] = {}
@@ -108,10 +108,10 @@ def fold(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
     return Folded(_apply_fn(model, dtypes, biased), folded, report)
 
 
-def analyse(
+def _analyse(
     model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> list[_graph.Norm]:
-    """The batch norms of a model's call, and what feeds them."""
+    """The batch norms of a model's call at inference, and what feeds them."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a flax.linen.Module, got {_axes.describe(model)}: "
@@ -123,21 +123,35 @@ def analyse(
             f"{', '.join(variables) or 'none'}: pass what the model's init returns. "
             "A model without batch norm has nothing to fold."
         )
-
-    def run(variables: Any, args: Any, kwargs: Any) -> Any:
-        with _tracing("marks"), nn.intercept_methods(_mark):
-            return model.apply(variables, *args, **kwargs)
-
-    paths = [_by_layer(_layer._names(p)) for p, _ in jax.tree.leaves_with_path(variables)]
     try:
-        closed = _graph.trace(run, variables, args, kwargs)
+        return analyse(model.apply, variables, *args, **kwargs)
     except flax.errors.ModifyScopeVariableError as error:
         error.add_note("Give the arguments of inference, such as train=False.")
         raise
+
+
+def analyse(
+    apply_fn: Callable[..., Any], variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> list[_graph.Norm]:
+    """The batch norms of a call, and what feeds them.
+
+    Args:
+        apply_fn: calls the model, as its `apply`.
+        variables: of the model, arrays or abstract.
+        *args: arrays, abstract arrays and flags.
+        **kwargs: likewise.
+    """
+
+    def run(variables: Any, args: Any, kwargs: Any) -> Any:
+        with _tracing("marks"), nn.intercept_methods(_mark):
+            return apply_fn(variables, *args, **kwargs)
+
+    closed = _graph.trace(run, variables, args, kwargs)
+    paths = [by_layer(_layer._names(p)) for p, _ in jax.tree.leaves_with_path(variables)]
     return _graph.analyse(closed, paths, shares_traces=True)
 
 
-def _by_layer(path: tuple[Any, ...]) -> _graph.Path:
+def by_layer(path: tuple[Any, ...]) -> _graph.Path:
     """A path in the variables with the layer's in front: (*layer, (collection, name))."""
     collection, *layer = path
     return (*layer[:-1], (collection, *layer[-1:]))

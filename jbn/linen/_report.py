@@ -7,7 +7,8 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict
 
 from jbn import _calibrate, _report
-from jbn.linen._calibrate import pool, running_stats
+from jbn.linen._calibrate import changed_in_training, pool, running_stats
+from jbn.linen._fold import analyse, by_layer
 
 
 def report(
@@ -26,8 +27,9 @@ def report(
         ratio = (running var + epsilon) / (var + epsilon)
 
     and how many features vary by little against epsilon, how many scales are dead or exploding, how
-    few elements a feature has in a batch, and what of this is worth a look, in words. Nothing is
-    changed; `calibrate` mends running statistics that are off.
+    few elements a feature has in a batch, whether the layer before has a bias that batch norm takes
+    away again with the mean, and what of this is worth a look, in words. Nothing is changed;
+    `calibrate` mends running statistics that are off.
 
     Args:
         apply_fn: runs the model in training mode, as for `calibrate`.
@@ -53,7 +55,7 @@ def report(
         >>> report.rows[0].findings
         ('running statistics are off: calibrate',)
     """
-    layers = pool(
+    layers, batch = pool(
         apply_fn,
         variables,
         batches,
@@ -66,4 +68,8 @@ def report(
         for path, value in flatten_dict(variables.get("params", {})).items()
         if path[-1] == "scale"
     }
-    return _report.make(layers, running_stats(variables), scales)
+    mutable = changed_in_training(variables)
+    norms = analyse(lambda v, b: apply_fn(v, b, mutable=mutable)[0], variables, batch)
+    arrays = {by_layer(path): meta.unbox(v) for path, v in flatten_dict(variables).items()}
+    biases = _report.useless_biases(norms, arrays)
+    return _report.make(layers, running_stats(variables), scales, biases)

@@ -72,7 +72,7 @@ def calibrate(
         >>> bn.mean[...].tolist()
         [2.5]
     """
-    pooled = pool(
+    pooled, _ = pool(
         model,
         batches,
         apply_fn=apply_fn,
@@ -95,8 +95,10 @@ def pool(
     *,
     apply_fn: Callable[[Any, Any], Any] | None,
     **options: Any,
-) -> dict[str, tuple[BatchNorm, _calibrate.Pooled]]:
+) -> tuple[dict[str, tuple[BatchNorm, _calibrate.Pooled]], Any]:
     """Each layer of the model that normalizes by its batch, and its moments over all batches.
+
+    And the shapes of a batch.
 
     Args:
         model: as for `calibrate`, left as it is.
@@ -146,9 +148,9 @@ def pool(
         silent.update(training - moments.keys())
         return moments
 
-    pooled = _calibrate.pool(lambda batch: step(state, batch), shapes, batches, **options)
+    pooled, batch = _calibrate.pool(lambda b: step(state, b), shapes, batches, **options)
     _calibrate.warn_silent(sorted(silent - pooled.keys()), stacklevel=3)
-    return {name: (layers[name], pooled[name]) for name in layers if name in pooled}
+    return {name: (layers[name], pooled[name]) for name in layers if name in pooled}, batch
 
 
 def running_stats(layer: BatchNorm) -> dict[str, Any]:

@@ -78,11 +78,11 @@ def fold(
         if isinstance(layer, _NORMS) and path not in seen
     ]
     report = _fold.report(norms, uncalled)
-    arrays = dict(_arrays(folded))
+    values = dict(arrays(folded))
     for norm in norms:
         if norm.obstacle is None:
             layer, feeder = norm.layer.call.path, _fold.feeder_of(norm).call.path
-            _write(layers[layer], layers[feeder], _fold.fold_variables(norm, arrays))
+            _write(layers[layer], layers[feeder], _fold.fold_variables(norm, values))
     return folded, report
 
 
@@ -96,8 +96,10 @@ def analyse(
             "for flax.linen there is jbn.linen."
         )
     marked = nnx.clone(model)
+    norms: set[_graph.Path] = set()
     for path, layer in list(_layers(marked)):
         if type(layer) in (*_NORMS, *_LINEAR):
+            norms |= {path} if type(layer) in _NORMS else set()
             layer.path_in_model = path
             _become(layer, _marking(type(layer)))
     graphdef, state = nnx.split(marked)
@@ -108,10 +110,11 @@ def analyse(
         bound = getattr(model, method) if isinstance(method, str) else model
         called = functools.partial(method, model) if callable(method) else bound
         outputs = called(*args, **kwargs)
-        after = nnx.state(model)
+        # What the model keeps, but for running statistics: batch norm itself reads its input.
+        after = [(path, v) for path, v in arrays(model) if path[:-1] not in norms]
         n = len(jax.tree.leaves(outputs))
-        unchanged.update(enumerate(_paths(after), n))
-        return outputs, after
+        unchanged.update(enumerate((path for path, _ in after), n))
+        return outputs, [v for _, v in after]
 
     closed = _graph.trace(run, state, args, kwargs)
     return _graph.analyse(closed, _paths(state), unchanged=unchanged)
@@ -126,7 +129,7 @@ def _paths(state: Any) -> list[_graph.Path]:
     return [_layer._names(path) for path, _ in jax.tree.leaves_with_path(state)]
 
 
-def _arrays(model: nnx.Module) -> Any:
+def arrays(model: nnx.Module) -> Any:
     """The path and value of each variable."""
     state = nnx.state(model)
     return zip(_paths(state), jax.tree.leaves(state), strict=True)

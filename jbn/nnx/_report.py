@@ -6,7 +6,9 @@ from typing import Any
 from flax import nnx
 
 from jbn import _report
+from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._calibrate import pool, running_stats
+from jbn.nnx._fold import analyse, arrays
 
 
 def report(
@@ -25,8 +27,9 @@ def report(
         ratio = (running var + epsilon) / (var + epsilon)
 
     and how many features vary by little against epsilon, how many scales are dead or exploding, how
-    few elements a feature has in a batch, and what of this is worth a look, in words. Nothing is
-    changed; `calibrate` mends running statistics that are off.
+    few elements a feature has in a batch, whether the layer before has a bias that batch norm takes
+    away again with the mean, and what of this is worth a look, in words. Nothing is changed;
+    `calibrate` mends running statistics that are off.
 
     Args:
         model: with layers of batch norm.
@@ -51,7 +54,7 @@ def report(
         >>> report.rows[0].findings
         ('running statistics are off: calibrate',)
     """
-    layers = pool(
+    layers, batch = pool(
         model,
         batches,
         apply_fn=apply_fn,
@@ -63,4 +66,7 @@ def report(
     scales = {
         name: layer.scale[...] for name, (layer, _) in layers.items() if layer.scale is not None
     }
-    return _report.make(layers, stats, scales)
+    training = nnx.view(model, only=BatchNorm, use_running_average=False)
+    norms = analyse(training, batch, method=apply_fn or (lambda model, batch: model(batch)))
+    biases = _report.useless_biases(norms, dict(arrays(model)))
+    return _report.make(layers, stats, scales, biases)
