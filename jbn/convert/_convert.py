@@ -1,0 +1,141 @@
+"""What both frameworks share: from paired layers to the weights of either side, and the report."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn.convert import _flax, _match
+from jbn.convert._flax import Layer
+from jbn.convert._match import Moves, Pair, Source
+from jbn.convert._report import Converted, Report, Row
+
+NOT_FLOATING = "not a floating point parameter or statistic"
+
+
+def pair_layers(
+    variables: Any,
+    sources: Iterable[Source],
+    moves: Moves,
+    *,
+    names: Mapping[str, str] | None,
+    leave: Sequence[str],
+    transpose_kernel: Mapping[str, bool] | None,
+) -> tuple[list[Pair], dict[str, str]]:
+    """The layers that belong together, and what is left of either side, by reason."""
+    layers = _flax.read_layers(variables, transpose_kernel or {})
+    by_name = {source.name: source for source in sources}
+    left = dict.fromkeys(_flax.other_entries(variables), NOT_FLOATING)
+    left |= _match.split_left(leave, layers, by_name)
+    pairs = _match.match(layers, by_name, moves, names or {})
+    for pair in pairs:
+        used = {move.source for move in pair.moves}
+        left |= {
+            entry: "the Flax layer keeps no count of updates, as it would with momentum=None"
+            for role, entry in pair.source.entries.items()
+            if role not in used
+        }
+    order = {path: i for i, path in enumerate(layers)}
+    return sorted(pairs, key=lambda pair: order[pair.layer.path]), left
+
+
+def into_flax(
+    framework: str,
+    variables: Any,
+    pairs: Sequence[Pair],
+    left: dict[str, str],
+    arguments: Callable[[Pair], dict[str, Any]],
+    notes: Iterable[str],
+) -> Converted:
+    """Flax variables that hold the numbers of the sources."""
+    values: dict[str, dict[str, jax.Array]] = {}
+    rounded = []
+    for layer, source, moves, _ in pairs:
+        for move in moves:
+            entry = source.entries[move.source]
+            value = source.arrays[move.source]
+            check_value(source.name, entry, value, is_variance=move.role == "var")
+            value, note = _match.cast(
+                move.forward(value), np.dtype(layer.arrays[move.role].dtype), entry
+            )
+            rounded += [note] if note else []
+            values.setdefault(layer.path, {})[move.role] = jnp.asarray(value)
+    weights = _flax.replace(variables, values)
+    _check_concrete(weights)
+    return Converted(weights, _report(framework, pairs, left, arguments, (*notes, *rounded)))
+
+
+def out_of_flax(
+    framework: str, pairs: Sequence[Pair], left: dict[str, str], notes: Iterable[str]
+) -> Converted:
+    """The arrays of the other framework, by their full names there."""
+    weights: dict[str, np.ndarray] = {}
+    rounded = []
+    for layer, source, moves, _ in pairs:
+        for move in moves:
+            entry = source.entries[move.source]
+            ours = f"{layer.path}/{move.role}".lstrip("/")
+            if isinstance(layer.arrays[move.role], jax.ShapeDtypeStruct):
+                raise TypeError(f"{ours} has a shape but no values: pass trained variables.")
+            value = np.asarray(layer.arrays[move.role])
+            check_value(layer.path, ours, value, is_variance=move.role == "var")
+            value, note = _match.cast(
+                move.backward(value), np.dtype(source.arrays[move.source].dtype), ours
+            )
+            rounded += [note] if note else []
+            weights[entry] = value
+    return Converted(weights, _report(framework, pairs, left, lambda _: {}, (*notes, *rounded)))
+
+
+def check_value(layer: str, entry: str, value: np.ndarray, *, is_variance: bool) -> None:
+    """Checks that the numbers are finite, and not negative if they are variances."""
+    bad = int(value.size - np.isfinite(value).sum())
+    if bad:
+        raise ValueError(
+            f"layer {layer}: {bad} of the {value.size} numbers in {entry} are NaN or infinite. "
+            "The model had diverged when it was saved: take an earlier checkpoint."
+        )
+    if is_variance and (value < 0).any():
+        raise ValueError(
+            f"layer {layer}: {int((value < 0).sum())} of the {value.size} variances in {entry} "
+            f"are negative, down to {value.min():g}. The file is damaged or not of batch norm: "
+            "take another, or calibrate the layer anew."
+        )
+
+
+def batch_norms(pairs: Iterable[Pair]) -> list[Layer]:
+    """The batch norm layers among them."""
+    return [pair.layer for pair in pairs if pair.layer.kind == "BatchNorm"]
+
+
+def _report(
+    framework: str,
+    pairs: Sequence[Pair],
+    left: dict[str, str],
+    arguments: Callable[[Pair], dict[str, Any]],
+    notes: Iterable[str],
+) -> Report:
+    used = tuple(
+        Row(
+            pair.source.entries[move.source],
+            f"{pair.layer.path}/{move.role}".lstrip("/"),
+            move.layout,
+            pair.matched,
+        )
+        for pair in pairs
+        for move in pair.moves
+    )
+    options = {p.layer.path: arguments(p) for p in pairs if p.layer.kind == "BatchNorm"}
+    return Report(framework, used, left, options, tuple(notes))
+
+
+def _check_concrete(weights: Any) -> None:
+    """Checks that what was left had values in the template."""
+    for path, leaf in jax.tree.leaves_with_path(weights):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} is left as it is in the template, which has a shape "
+                "there but no values: pass what model.init returns, not jax.eval_shape of it."
+            )

@@ -1,0 +1,283 @@
+"""Which layer of the other framework belongs to which of Flax, and which array to which."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jbn import _axes
+from jbn.convert._flax import Layer, describe_arrays, is_float, known_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A layer of the other framework.
+
+    Attributes:
+        name: its name there.
+        arrays: its arrays by role, in that framework's words: weight, running_var, gamma, ...
+        entries: the full name of each.
+        kind: its class there, if known.
+        config: its arguments there, if known.
+    """
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    entries: dict[str, str]
+    kind: str = ""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Name and arrays, for messages."""
+        kind = f"{self.kind}: " if self.kind else ""
+        return f"{self.name or 'the model'} ({kind}{describe_arrays(self.arrays)})"
+
+
+def _same(value: np.ndarray) -> np.ndarray:
+    return value
+
+
+class Move(NamedTuple):
+    """How one array goes over.
+
+    Attributes:
+        role: in Flax.
+        source: the role in the other framework.
+        forward: from there to Flax; returns an array of the same elements.
+        backward: the inverse.
+        layout: in words.
+    """
+
+    role: str
+    source: str
+    forward: Callable[[np.ndarray], np.ndarray] = _same
+    backward: Callable[[np.ndarray], np.ndarray] = _same
+    layout: str = ""
+
+
+class Pair(NamedTuple):
+    """Two layers that are the same."""
+
+    layer: Layer
+    source: Source
+    moves: Sequence[Move]
+    matched: str
+
+
+Moves = Callable[[Layer, Source], Iterable[Sequence[Move]]]
+OPTIONAL = ("num_batches_tracked",)
+
+
+def fitting(layer: Layer, source: Source, moves: Moves) -> Sequence[Move] | None:
+    """The first of the ways to convert the layer that fits, every array being used."""
+    for candidate in moves(layer, source):
+        used = [move.source for move in candidate]
+        surplus = source.arrays.keys() - set(used) - set(OPTIONAL)
+        if (
+            not surplus
+            and len(set(used)) == len(used)
+            and source.arrays.keys() >= set(used)
+            and {move.role for move in candidate} == layer.arrays.keys()
+            and all(_fits(move, layer, source) for move in candidate)
+        ):
+            return candidate
+    return None
+
+
+def match(
+    layers: Mapping[str, Layer],
+    sources: Mapping[str, Source],
+    moves: Moves,
+    names: Mapping[str, str],
+) -> list[Pair]:
+    """Pairs all layers: as `names` says, then by equal names, then by order of appearance."""
+    pairs = []
+    for matched, table in (("names", names), ("equal names", _equal_names(layers, sources, names))):
+        for path, name in table.items():
+            layer, source = _named(path, layers, "Flax"), _named(name, sources, "source")
+            fit = fitting(layer, source, moves)
+            if fit is None:
+                raise ValueError(
+                    f"{layer} does not fit {source}: {_difference(layer, source, moves)}. "
+                    f"The two are matched by {matched}."
+                )
+            pairs.append(Pair(layer, source, fit, matched))
+    taken = [pair.source.name for pair in pairs]
+    if len(set(taken)) < len(taken):
+        twice = next(name for name in taken if taken.count(name) > 1)
+        paths = [pair.layer.path for pair in pairs if pair.source.name == twice]
+        raise ValueError(f"names give {twice!r} to several Flax layers: {', '.join(paths)}.")
+    done = {pair.layer.path for pair in pairs}
+    return pairs + _by_order(
+        [layer for path, layer in layers.items() if path not in done],
+        [source for name, source in sources.items() if name not in taken],
+        moves,
+    )
+
+
+def cast(value: np.ndarray, dtype: Any, name: str) -> tuple[np.ndarray, str]:
+    """The value in another dtype, and a note if that changed it."""
+    if value.dtype == dtype:
+        return value, ""
+    with np.errstate(over="ignore"):
+        result = value.astype(dtype)
+    if not np.isfinite(result).all():
+        raise ValueError(
+            f"{name} is too large for {np.dtype(dtype).name}: its numbers go up to "
+            f"{np.abs(value).max():g} in {value.dtype.name}. Give the layer a wider param_dtype."
+        )
+    if (result.astype(value.dtype) == value).all():
+        return result, ""
+    return result, f"{name} was rounded from {value.dtype.name} to {np.dtype(dtype).name}."
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """One entry of a source as a NumPy array of numbers."""
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"the entry {name!r} is itself a mapping: pass the one that holds arrays, such as "
+            f"checkpoint[{name!r}]."
+        )
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the entry {name!r} cannot be a NumPy array ({error}): convert it first, a tensor of "
+            "torch with tensor.detach().float().cpu().numpy()."
+        ) from None
+    if array.dtype.kind not in "fiubV" or (array.dtype.kind == "V" and not is_float(array)):
+        raise TypeError(f"the entry {name!r} must be an array of numbers, got {type(value)}.")
+    return array
+
+
+def split_left(
+    leave: Sequence[str], layers: dict[str, Layer], sources: dict[str, Source]
+) -> dict[str, str]:
+    """Takes out of both, in place, what is named in `leave` or lies in it; returns the reasons."""
+    if isinstance(leave, str):
+        raise TypeError(f"leave must be a sequence of names, got the string {leave!r}: [{leave!r}]")
+    left = {}
+    for name in leave:
+        within = re.compile(re.escape(name) + r"($|[./])")
+        flax = [path for path in layers if within.match(path)]
+        theirs = [other for other in sources if within.match(other)]
+        if not flax and not theirs:
+            raise ValueError(
+                f"leave names {name!r}, which is no layer: in Flax {known_names(layers)}, "
+                f"in the source {known_names(sources)}."
+            )
+        for path in flax:
+            left |= {f"{path}/{role}".lstrip("/"): "leave" for role in layers.pop(path).arrays}
+        for other in theirs:
+            left |= dict.fromkeys(sources.pop(other).entries.values(), "leave")
+    return left
+
+
+def _named(name: str, table: Mapping[str, Any], side: str) -> Any:
+    if name not in table:
+        raise ValueError(f"names give {name!r}, which is no {side} layer: {known_names(table)}.")
+    return table[name]
+
+
+def _equal_names(
+    layers: Mapping[str, Layer], sources: Mapping[str, Source], names: Mapping[str, str]
+) -> dict[str, str]:
+    """Layers whose names are equal but for the separators."""
+    free = [name for name in sources if name not in names.values()]
+    plain = {re.sub(r"[./_]", " ", name): name for name in free}
+    keys = {path: re.sub(r"[./_]", " ", path) for path in layers if path not in names}
+    unique = len(plain) == len(free) and len(set(keys.values())) == len(keys)
+    return {path: plain[key] for path, key in keys.items() if key in plain} if unique else {}
+
+
+def _by_order(layers: list[Layer], sources: list[Source], moves: Moves) -> list[Pair]:
+    """Pairs layers of one kind and shape in their order, if there are as many on both sides."""
+    groups: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        shapes = tuple(sorted((role, value.shape) for role, value in layer.arrays.items()))
+        groups.setdefault((layer.kind, layer.transpose_kernel, shapes), []).append(layer)
+    pairs, used = [], set()
+    for group in groups.values():
+        fits = {s.name: fit for s in sources if (fit := fitting(group[0], s, moves)) is not None}
+        if len(fits) != len(group):
+            raise ValueError(_miscount(group, list(fits), sources))
+        by_name = {source.name: source for source in sources}
+        for layer, name in zip(group, fits, strict=True):
+            # Not the first layer's moves: they may hold its path.
+            fit = fitting(layer, by_name[name], moves)
+            assert fit is not None
+            pairs.append(Pair(layer, by_name[name], fit, "order"))
+            if name in used:
+                raise ValueError(_twice(by_name[name], pairs))
+            used.add(name)
+    surplus = [str(source) for source in sources if source.name not in used]
+    if surplus:
+        raise ValueError(
+            f"no Flax layer fits {'; '.join(surplus[:4])}{' ...' if len(surplus) > 4 else ''}: "
+            "add the layers to the model, or name what shall not be converted in leave."
+        )
+    return pairs
+
+
+def _twice(source: Source, pairs: list[Pair]) -> str:
+    paths = [pair.layer.path for pair in pairs if pair.source.name == source.name]
+    return f"{source} fits layers of different kinds, {' and '.join(paths)}: say which in names."
+
+
+def _miscount(group: list[Layer], fits: list[str], sources: list[Source]) -> str:
+    """The message for unequal numbers of layers of one kind and shape."""
+    wanted = ", ".join(layer.path for layer in group)
+    if fits:
+        return (
+            f"the Flax layers {wanted} have one kind and shape, of which the source has "
+            f"{', '.join(fits)}: {len(group)} against {len(fits)}. Pair them in names, or name "
+            "what shall not be converted in leave."
+        )
+    others = "; ".join(map(str, sources[:4])) + (" ..." if len(sources) > 4 else "")
+    return (
+        f"no layer of the source fits {group[0]}. Not yet matched by name are: {others or 'none'}. "
+        "Was it saved from a model of other sizes or arguments (use_bias, use_scale, "
+        "transpose_kernel, feature_group_count)? Change the model, or name the layer in leave."
+    )
+
+
+def _difference(layer: Layer, source: Source, moves: Moves) -> str:
+    """What does not fit."""
+    candidates = list(moves(layer, source))
+    if not candidates:
+        return "they are of different kinds"
+    for move in candidates[0]:
+        if move.source not in source.arrays:
+            return f"the source has no {move.source} for {move.role}{_hint(move.role, False)}"
+    used = {move.source for move in candidates[0]}
+    for role in source.arrays.keys() - used - set(OPTIONAL):
+        return f"Flax has nothing for {role}{_hint(role, True)}"
+    for move in candidates[0]:
+        if not _fits(move, layer, source):
+            ours, theirs = layer.arrays[move.role], source.arrays[move.source]
+            return (
+                f"{move.role} is {_axes.describe(ours)}, and {source.entries[move.source]} "
+                f"{_axes.describe(theirs)} {move.layout}".rstrip()
+            )
+    return "they are of different kinds"
+
+
+def _hint(role: str, use: bool) -> str:
+    argument = {"scale": "use_scale", "weight": "use_scale", "gamma": "use_scale"}
+    argument |= {"bias": "use_bias", "beta": "use_bias"}
+    hint = f" (make the layer with {argument[role]}={use})" if role in argument else ""
+    if role == "count":
+        hint = " (make the layer with a momentum, not None)"
+    if role in ("mean", "var"):
+        hint = " (a layer with track_running_stats=False keeps none: calibrate the model)"
+    return hint
+
+
+def _fits(move: Move, layer: Layer, source: Source) -> bool:
+    try:
+        shape = move.forward(source.arrays[move.source]).shape
+    except ValueError:
+        return False
+    return shape == tuple(layer.arrays[move.role].shape)

@@ -1,0 +1,82 @@
+"""What a conversion did, entry by entry."""
+
+import dataclasses
+import io
+from typing import Any, NamedTuple
+
+from rich.console import Console, Group
+from rich.table import Table
+
+
+class Row(NamedTuple):
+    """One array that was converted.
+
+    Attributes:
+        source: its name in the other framework, such as `"conv1.weight"`.
+        flax: its name in Flax, such as `"Conv_0/kernel"`.
+        layout: what was done to it, such as `"OIHW to HWIO"`; empty if nothing.
+        matched: by what the two belong together: `"names"`, `"equal names"` or `"order"`.
+    """
+
+    source: str
+    flax: str
+    layout: str
+    matched: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of every entry; prints as tables.
+
+    Attributes:
+        framework: the one that is not Flax.
+        used: what was converted, and so renamed.
+        left: the entries of either side that were not converted, and why.
+        arguments: for each batch norm layer of Flax, by its path, the arguments that it must have
+            to compute what the other framework computes, as far as they are known.
+        notes: what else to know.
+    """
+
+    framework: str
+    used: tuple[Row, ...]
+    left: dict[str, str]
+    arguments: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+
+    def __rich__(self) -> Group:
+        """Tables of what was used and left, and the notes."""
+        used = Table(self.framework, "Flax", "layout", "matched by", title="used")
+        for row in self.used:
+            used.add_row(*row)
+        parts: list[Any] = [used]
+        if self.left:
+            left = Table("entry", "reason", title="left")
+            for item in self.left.items():
+                left.add_row(*item)
+            parts.append(left)
+        if any(self.arguments.values()):
+            arguments = Table("BatchNorm", "must have", title="arguments")
+            for path, options in self.arguments.items():
+                arguments.add_row(path, ", ".join(f"{k}={v!r}" for k, v in options.items()))
+            parts.append(arguments)
+        return Group(*parts, *(f"- {note}" for note in self.notes))
+
+    def __str__(self) -> str:
+        """The tables as text."""
+        console = Console(file=io.StringIO(), width=120, markup=False, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+class Converted(NamedTuple):
+    """The weights in the form of the other side, and the report.
+
+    Attributes:
+        weights: Flax variables in the structure of the template, or a dict from the other
+            framework's names to NumPy arrays.
+        report: what became of every entry.
+    """
+
+    weights: Any
+    report: Report

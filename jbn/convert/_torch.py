@@ -1,0 +1,358 @@
+"""From and to the `state_dict` of torch, without torch."""
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jbn import _axes
+from jbn.convert import _convert, _files, _flax, _match
+from jbn.convert._flax import Layer
+from jbn.convert._match import Move, Pair, Source
+from jbn.convert._report import Converted
+
+WITH_KERNEL = {"kernel": "weight", "bias": "bias"}
+ROLES = {
+    "BatchNorm": {
+        "scale": "weight",
+        "bias": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+        "count": "num_batches_tracked",
+    },
+    "Embed": {"embedding": "weight"},
+    "Dense": WITH_KERNEL,
+    "Conv": WITH_KERNEL,
+    "ConvTranspose": WITH_KERNEL,
+}
+
+VARIANCE_IN = (
+    "The running variances of torch average unbiased variances (over n - 1), Flax's biased ones "
+    "(over n). A state_dict does not say n, so they are taken as they are, which is right for "
+    "inference; to go on training as torch does, give jbn's layers unbiased=True."
+)
+VARIANCE_OUT = (
+    "The running variances are written as they are: biased (over n), unless the layers had "
+    "unbiased=True, where torch goes on with unbiased ones (over n - 1)."
+)
+
+
+def from_torch(
+    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    variables: Any,
+    *,
+    names: Mapping[str, str] | None = None,
+    leave: Sequence[str] = (),
+    transpose_kernel: Mapping[str, bool] | None = None,
+    flattened: Mapping[str, Sequence[int]] | None = None,
+    epsilon: float | None = None,
+    momentum: float | None = None,
+) -> Converted:
+    """Loads torch's weights into the variables of a Flax model.
+
+    Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`), and
+    the others by their order of appearance among layers of the same kind and shape; the report
+    says which. The order is that of the state_dict, which is that of the definition, and that of
+    `model.init`; of variables sorted by name, as `jax.jit`, `jax.eval_shape` and NNX sort them, it
+    is Conv_0, ..., Conv_9, Conv_10. Where two layers of one shape are used in another order than
+    they are defined in, give `names`.
+
+    Layouts, for any number of spatial axes:
+
+        Conv (grouped too)  [O, I / groups, *K]  ->  [*K, I / groups, O]
+        ConvTranspose       [I, O, *K]           ->  [*K, I, O], mirrored along K
+                                                     [*K, O, I] for transpose_kernel=True
+        Linear              [O, I]               ->  [I, O]
+        Embedding           [N, D]               ->  [N, D]
+
+    What differs between the layers of batch norm is in docs/migrating.md.
+
+    Args:
+        state_dict: from names to arrays (tensors on the CPU, NumPy or JAX arrays), or the path of
+            a `.safetensors` file. Never a pickle: `torch.load(path, weights_only=True)` reads one.
+        variables: the template: what a Linen model's `init` or `jax.eval_shape` of it returns; for
+            an NNX model `nnx.state(model)`, to be loaded with `nnx.update(model, weights)`.
+        names: from the path of a Flax layer (`"block/Conv_0"`) to the prefix of torch's
+            (`"block.conv1"`), where the rules above do not do.
+        leave: layers or modules, of either side, that are not converted. Flax's keep the values of
+            the template.
+        transpose_kernel: by path, this argument of each `ConvTranspose` layer of Flax; needed only
+            where its name is not Linen's own (`ConvTranspose_0`, taken as False) and its numbers
+            of inputs and outputs are equal, since the layer then looks as a Conv does.
+        flattened: by path, the shape (C, H, W) that torch flattens before this Dense layer, where
+            Flax flattens (H, W, C).
+        epsilon: torch's `eps`, for the report: a state_dict does not hold it.
+        momentum: torch's, the weight of the new statistics; the report has Flax's, 1 - momentum.
+
+    Returns:
+        The variables, bit for bit torch's numbers in the structure and dtypes of the template, and
+        the report.
+
+    Raises:
+        TypeError, ValueError: if a layer of either side is without its equal, in number, shape or
+            kind, holds NaN or infinities or a negative variance, or if the file is a pickle,
+            truncated or foreign.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jbn.convert, jbn.linen, numpy as np
+        >>> state_dict = {"weight": np.ones(3), "bias": np.zeros(3), "running_mean": np.ones(3)}
+        >>> state_dict |= {"running_var": np.full(3, 4.0), "num_batches_tracked": np.array(7)}
+        >>> bn = jbn.linen.BatchNorm(use_running_average=True, epsilon=1e-5)
+        >>> template = jax.eval_shape(bn.init, jax.random.key(0), jnp.ones((1, 3)))
+        >>> variables, report = jbn.convert.from_torch(
+        ...     {f"bn1.{name}": value for name, value in state_dict.items()},
+        ...     template,
+        ...     epsilon=1e-5,
+        ...     momentum=0.1,
+        ... )
+        >>> variables["batch_stats"]["var"]
+        Array([4., 4., 4.], dtype=float32)
+        >>> report.arguments
+        {'': {'epsilon': 1e-05, 'momentum': 0.9}}
+        >>> list(report.left)
+        ['bn1.num_batches_tracked']
+    """
+    options: dict[str, Any] = {}
+    notes = [VARIANCE_IN]
+    if epsilon is None:
+        notes.append("epsilon is not in a state_dict: unless changed, torch's is 1e-5, as Flax's.")
+    else:
+        options["epsilon"] = _axes.check_epsilon(epsilon)
+    if momentum is None:
+        notes.append(
+            "momentum is not in a state_dict: unless changed, torch's is 0.1, which weights the "
+            "new statistics; in Flax that is momentum=0.9."
+        )
+    else:
+        options["momentum"] = 1 - _axes.check_momentum(momentum)
+    pairs, left = _convert.pair_layers(
+        variables,
+        _read(state_dict),
+        functools.partial(_moves, _check_flattened(flattened, variables)),
+        names=names,
+        leave=leave,
+        transpose_kernel=transpose_kernel,
+    )
+    notes = notes if _convert.batch_norms(pairs) else []
+
+    def arguments(pair: Pair) -> dict[str, Any]:
+        counted = {"momentum": None} if "count" in pair.layer.arrays else {}
+        return options | counted
+
+    return _convert.into_flax("torch", variables, pairs, left, arguments, notes)
+
+
+def to_torch(
+    variables: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    like: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    names: Mapping[str, str] | None = None,
+    leave: Sequence[str] = (),
+    transpose_kernel: Mapping[str, bool] | None = None,
+    flattened: Mapping[str, Sequence[int]] | None = None,
+) -> Converted:
+    """Gives the weights of a Flax model in torch's names and layouts: `from_torch` backwards.
+
+    Args:
+        variables: of a Linen model, or `nnx.state(model)`.
+        path: of the `.safetensors` file to write, if any.
+        like: a state_dict of the torch model, or its file, that gives the names and dtypes; layers
+            are paired as in `from_torch`, and what they do not replace is kept. Without it a layer
+            is called as `names` says, or by its path with dots.
+        names: from the path of a Flax layer to the prefix of torch's.
+        leave: layers or modules that are not converted.
+        transpose_kernel: as in `from_torch`.
+        flattened: as in `from_torch`.
+
+    Returns:
+        A dict of NumPy arrays, which `{k: torch.tensor(v) for k, v in weights.items()}` makes a
+        state_dict, and the report.
+
+    Raises:
+        TypeError, ValueError: as `from_torch`, before anything is written.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jbn.convert
+        >>> from flax import linen as nn
+        >>> variables = nn.Conv(8, (5, 3)).init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+        >>> weights, report = jbn.convert.to_torch(variables, names={"": "conv1"})
+        >>> {name: value.shape for name, value in weights.items()}
+        {'conv1.weight': (8, 2, 5, 3), 'conv1.bias': (8,)}
+    """
+    moves = functools.partial(_moves, _check_flattened(flattened, variables))
+    kept: dict[str, np.ndarray] = {}
+    if like is None:
+        layers = _flax.read_layers(variables, transpose_kernel or {})
+        left = dict.fromkeys(_flax.other_entries(variables), _convert.NOT_FLOATING)
+        left |= _match.split_left(leave, layers, {})
+        pairs = [_renamed(layer, moves, layers, names or {}) for layer in layers.values()]
+    else:
+        sources = _read(like)
+        kept = {s.entries[role]: v for s in sources for role, v in s.arrays.items()}
+        pairs, left = _convert.pair_layers(
+            variables, sources, moves, names=names, leave=leave, transpose_kernel=transpose_kernel
+        )
+    notes = [VARIANCE_OUT] if _convert.batch_norms(pairs) else []
+    weights, report = _convert.out_of_flax("torch", pairs, left, notes)
+    weights = kept | weights
+    if path is not None:
+        _files.write_safetensors(path, weights)
+    return Converted(weights, report)
+
+
+def _moves(
+    flattened: Mapping[str, Sequence[int]], layer: Layer, _: Source | None = None
+) -> Iterator[Sequence[Move]]:
+    """The ways in which a layer may lie in torch."""
+    roles = ROLES.get(layer.kind)
+    if roles is None:
+        return
+    if "kernel" in roles:
+        kernels = _kernels(layer, flattened.get(layer.path))
+    elif "count" in layer.arrays:
+        kernels = [_count(layer)]
+    else:
+        kernels = [None]
+    for special in kernels:
+        yield [
+            special if special and role == special.role else Move(role, roles[role])
+            for role in layer.arrays
+        ]
+
+
+def _kernels(layer: Layer, flattened: Sequence[int] | None) -> list[Move]:
+    """The layouts that the kernel may have, the likely one first."""
+    if layer.kind == "Dense":
+        return [_flattened(flattened) if flattened else DENSE]
+    if layer.transpose_kernel is None:
+        return [CONV, MIRRORED]  # the latter only if nothing but a ConvTranspose has its shape
+    return [CONV] if layer.transpose_kernel else [MIRRORED, CONV]
+
+
+def _spatial_last(kernel: np.ndarray) -> np.ndarray:
+    """[*K, A, B] -> [A, B, *K]."""
+    return np.moveaxis(kernel, (-2, -1), (0, 1))
+
+
+def _mirror(weight: np.ndarray) -> np.ndarray:
+    """Reverses the spatial axes of [A, B, *K].
+
+    torch's transposed convolution is the transpose of a cross-correlation with the weight; Flax's,
+    unless transpose_kernel, is a cross-correlation of the dilated input.
+    """
+    return np.flip(weight, tuple(range(2, weight.ndim)))
+
+
+CONV = Move(
+    "kernel",
+    "weight",
+    lambda w: np.moveaxis(w, (0, 1), (-1, -2)),
+    lambda k: np.swapaxes(_spatial_last(k), 0, 1),
+    "(O, I, *K) to (*K, I, O)",
+)
+MIRRORED = Move(
+    "kernel",
+    "weight",
+    lambda w: np.moveaxis(_mirror(w), (0, 1), (-2, -1)),
+    lambda k: _mirror(_spatial_last(k)),
+    "(I, O, *K) to (*K, I, O), mirrored along K",
+)
+DENSE = Move("kernel", "weight", lambda w: w.T, lambda k: k.T, "(O, I) to (I, O)")
+
+
+def _flattened(shape: Sequence[int]) -> Move:
+    """The kernel after a flatten: the features (C, *K) of torch are (*K, C) in Flax."""
+    channels, *spatial = shape
+
+    def forward(weight: np.ndarray) -> np.ndarray:
+        weight = weight.reshape(-1, channels, *spatial)
+        return np.moveaxis(weight, 1, -1).reshape(len(weight), -1).T
+
+    def backward(kernel: np.ndarray) -> np.ndarray:
+        kernel = kernel.T.reshape(-1, *spatial, channels)
+        return np.moveaxis(kernel, -1, 1).reshape(len(kernel), -1)
+
+    layout = f"(O, I) to (I, O), I from {tuple(shape)} to {(*spatial, channels)}"
+    return Move("kernel", "weight", forward, backward, layout)
+
+
+def _count(layer: Layer) -> Move:
+    """The number of updates: one in torch, one for each feature in Flax."""
+    shape = layer.arrays["count"].shape
+    return Move(
+        "count",
+        "num_batches_tracked",
+        lambda n: np.full(shape, n),
+        lambda count: np.asarray(count.max(initial=0)),
+        "() to (C,)",
+    )
+
+
+def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> list[Source]:
+    """The layers of a state_dict, in its order."""
+    is_file = isinstance(state_dict, str | os.PathLike)
+    entries = _files.read_safetensors(state_dict) if is_file else state_dict
+    if not isinstance(entries, Mapping):
+        raise TypeError(
+            "state_dict must map names to arrays, or be the path of a .safetensors file, got "
+            f"{_axes.describe(entries)}: of a torch module pass module.state_dict()."
+        )
+    sources: dict[str, Source] = {}
+    for entry, value in entries.items():
+        name, _, role = str(entry).rpartition(".")
+        source = sources.setdefault(name, Source(name, {}, {}))
+        source.arrays[role] = _match.as_array(str(entry), value)
+        source.entries[role] = str(entry)
+    # A safetensors file is sorted by dtype and name.
+    order = sorted(sources, key=_flax.natural) if is_file else list(sources)
+    return [sources[name] for name in order]
+
+
+def _renamed(
+    layer: Layer, moves: _match.Moves, layers: Mapping[str, Layer], names: Mapping[str, str]
+) -> Pair:
+    """A layer paired with the torch layer that is made for it."""
+    for path in names:
+        if path not in layers:
+            raise ValueError(
+                f"names give {path!r}, which is no Flax layer: {_flax.known_names(layers)}."
+            )
+    candidates = list(moves(layer, Source("", {}, {})))
+    if not candidates:
+        raise ValueError(f"{layer} is of a kind that is not converted: name it in leave.")
+    name = names.get(layer.path, layer.path.replace("/", "."))
+    arrays = {
+        move.source: move.backward(np.zeros(layer.arrays[move.role].shape, _dtype(layer, move)))
+        for move in candidates[0]
+    }
+    entries = {role: f"{name}.{role}".lstrip(".") for role in arrays}
+    matched = "names" if layer.path in names else "equal names"
+    return Pair(layer, Source(name, arrays, entries), candidates[0], matched)
+
+
+def _dtype(layer: Layer, move: Move) -> np.dtype:
+    return np.dtype(np.int64 if move.role == "count" else layer.arrays[move.role].dtype)
+
+
+def _check_flattened(
+    flattened: Mapping[str, Sequence[int]] | None, variables: Any
+) -> Mapping[str, Sequence[int]]:
+    """Checks that each shape has as many elements as its Dense layer has inputs."""
+    layers = _flax.read_layers(variables, {}) if flattened else {}
+    for path, shape in (flattened or {}).items():
+        if path not in layers or layers[path].kind != "Dense":
+            dense = [p for p, layer in layers.items() if layer.kind == "Dense"]
+            raise ValueError(
+                f"flattened names {path!r}, which is no Dense layer: {_flax.known_names(dense)}."
+            )
+        inputs = layers[path].arrays["kernel"].shape[0]
+        if len(shape) < 2 or math.prod(shape) != inputs:
+            raise ValueError(
+                f"flattened gives {path} the shape {tuple(shape)}, and it has {inputs} inputs: "
+                "give (C, H, W) of what torch flattens before it."
+            )
+    return flattened or {}
