@@ -134,7 +134,9 @@ def _value(leaf: Any) -> Any:
 
 def _leaves(variables: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Paths without the collection, and leaves."""
-    for path, leaf in _walk(variables):
+    # Parameters first: not all layers have statistics.
+    first = {name: variables[name] for name in COLLECTIONS if name in variables}
+    for path, leaf in _walk({**first, **variables}):
         stripped = _strip(path, variables)
         if stripped is not None:
             yield stripped, leaf
@@ -142,7 +144,7 @@ def _leaves(variables: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _strip(path: tuple[str, ...], variables: Any) -> tuple[str, ...] | None:
     """The path without Linen's collection; None for collections not converted."""
-    if "params" not in variables:
+    if not any(name in variables for name in COLLECTIONS):
         return path
     return path[1:] if path[0] in COLLECTIONS else None
 

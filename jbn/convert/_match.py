@@ -157,7 +157,7 @@ def split_left(
 ) -> dict[str, str]:
     """Takes out of both, in place, what is named in `leave` or lies in it; returns the reasons."""
     if isinstance(leave, str):
-        raise TypeError(f"leave must be a sequence of names, got the string {leave!r}: [{leave!r}]")
+        raise TypeError(f"leave must be a sequence of names, got the string {leave!r}.")
     left = {}
     for name in leave:
         within = re.compile(re.escape(name) + r"($|[./])")
@@ -246,14 +246,17 @@ def _miscount(group: list[Layer], fits: list[str], sources: list[Source]) -> str
 def _difference(layer: Layer, source: Source, moves: Moves) -> str:
     """What does not fit."""
     candidates = list(moves(layer, source))
+    if not candidates and source.kind == "ConvTranspose" and layer.kind == "Conv":
+        return f"if {layer.path} is a ConvTranspose, say transpose_kernel={{{layer.path!r}: False}}"
     if not candidates:
         return "they are of different kinds"
     for move in candidates[0]:
         if move.source not in source.arrays:
             return f"the source has no {move.source} for {move.role}{_hint(move.role, False)}"
     used = {move.source for move in candidates[0]}
-    for role in source.arrays.keys() - used - set(OPTIONAL):
-        return f"Flax has nothing for {role}{_hint(role, True)}"
+    for role in source.arrays:
+        if role not in used and role not in OPTIONAL:
+            return f"Flax has nothing for {role}{_hint(role, True)}"
     for move in candidates[0]:
         if not _fits(move, layer, source):
             ours, theirs = layer.arrays[move.role], source.arrays[move.source]

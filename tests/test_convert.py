@@ -1,0 +1,579 @@
+"""Weights of torch and Keras: layouts against the definitions, pairing, reports, bad files."""
+
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jbn.linen
+import jbn.nnx
+from jbn import convert
+
+pytestmark = pytest.mark.standard_jax
+
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def draw_batch_norm(c, prefix=""):
+    arrays = {
+        "weight": draw(c),
+        "bias": draw(c),
+        "running_mean": draw(c),
+        "running_var": draw(c) ** 2,
+        "num_batches_tracked": np.array(7),
+    }
+    return {prefix + name: value for name, value in arrays.items()}
+
+
+def template(model, *inputs):
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)
+
+
+def exact(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(a[name], b[name], name)
+
+
+def entries_of(report):
+    return {row.source for row in report.used} | set(report.left)
+
+
+# The definitions that torch documents, channels first, in float64.
+
+
+def conv(x, w, stride=1, groups=1):
+    (n, _, *size), (o, i, *kernel) = x.shape, w.shape
+    out = [(s - k) // stride + 1 for s, k in zip(size, kernel, strict=True)]
+    y = np.zeros((n, o, *out))
+    for c, position in itertools.product(range(o), np.ndindex(*out)):
+        group = c // (o // groups)
+        window = tuple(
+            slice(p * stride, p * stride + k) for p, k in zip(position, kernel, strict=True)
+        )
+        patch = x[(slice(None), slice(group * i, group * i + i), *window)]
+        y[(slice(None), c, *position)] = (patch * w[c]).reshape(n, -1).sum(1, dtype=np.float64)
+    return y
+
+
+def conv_transpose(x, w, stride):
+    """y[o, s p + k] += x[i, p] w[i, o, k], the transpose of `conv`."""
+    (n, _, *size), (_, o, *kernel) = x.shape, w.shape
+    y = np.zeros((n, o, *[(s - 1) * stride + k for s, k in zip(size, kernel, strict=True)]))
+    for position, offset in itertools.product(np.ndindex(*size), np.ndindex(*kernel)):
+        at = tuple(p * stride + k for p, k in zip(position, offset, strict=True))
+        element, tap = x[(..., *position)], w[(..., *offset)]
+        y[(..., *at)] += element.astype(np.float64) @ tap
+    return y
+
+
+def channels_last(x):
+    return np.moveaxis(x, 1, -1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "inputs", "outputs", "groups", "stride"),
+    [((3,), 2, 4, 1, 1), ((3, 2), 4, 6, 1, 2), ((2, 3), 4, 6, 2, 1), ((3, 2), 3, 6, 3, 1)],
+    ids=["1d", "strided", "grouped", "depthwise"],
+)
+def test_conv_of_torch(kernel, inputs, outputs, groups, stride):
+    x, w = draw(2, inputs, 7, 6)[..., : len(kernel) * 3], draw(outputs, inputs // groups, *kernel)
+    x = x[..., 0] if len(kernel) == 1 else x
+    b = draw(outputs)
+    layer = nn.Conv(outputs, kernel, strides=stride, padding="VALID", feature_group_count=groups)
+    state_dict = {"weight": w, "bias": b}
+    variables, _ = convert.from_torch(state_dict, template(layer, channels_last(x)))
+    expected = conv(x, w, stride, groups) + b.reshape(-1, *[1] * len(kernel))
+    y = layer.apply(variables, channels_last(x))
+    np.testing.assert_allclose(y, channels_last(expected), rtol=1e-4, atol=1e-5)
+    exact(convert.to_torch(variables).weights, state_dict)
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("outputs", [3, 5])
+@pytest.mark.parametrize("kernel", [(3,), (2, 3)], ids=["1d", "2d"])
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_conv_transpose(transpose_kernel, outputs, kernel, framework, tmp_path):
+    """Both settings of Flax's layer, and as many outputs as inputs or not."""
+    x, w, b = draw(2, 3, 4, 3), draw(3, outputs, *kernel), draw(outputs)
+    x = x[..., 0] if len(kernel) == 1 else x
+    layer = nn.ConvTranspose(
+        outputs, kernel, strides=[2] * len(kernel), padding="VALID",
+        transpose_kernel=transpose_kernel,
+    )  # fmt: skip
+    variables = template(layer, channels_last(x))
+    options = {"transpose_kernel": {"": transpose_kernel}}
+    if framework == "torch":
+        source = {"up.weight": w, "up.bias": b}
+        options["names"] = {"": "up"}
+        variables, _ = convert.from_torch(source, variables, **options)
+    else:
+        h5py = pytest.importorskip("h5py")
+        source = {"kernel": np.moveaxis(w, (0, 1), (-1, -2)), "bias": b}
+        with h5py.File(tmp_path / "up.weights.h5", "w") as file:
+            for i, value in enumerate(source.values()):
+                file[f"layers/conv{len(kernel)}d_transpose/vars/{i}"] = value
+        variables, _ = convert.from_keras(tmp_path / "up.weights.h5", variables, **options)
+    expected = conv_transpose(x, w, 2) + b.reshape(-1, *[1] * len(kernel))
+    y = layer.apply(variables, channels_last(x))
+    np.testing.assert_allclose(y, channels_last(expected), rtol=1e-4, atol=1e-5)
+    if framework == "torch":
+        exact(convert.to_torch(variables, **options).weights, source)
+    else:
+        convert.to_keras(
+            variables, tmp_path / "b.weights.h5", like=tmp_path / "up.weights.h5", **options
+        )
+        again, _ = convert.from_keras(tmp_path / "b.weights.h5", variables, **options)
+        jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+class Head(nn.Module):
+    """Every other kind of layer, and a flatten."""
+
+    @nn.compact
+    def __call__(self, x, words):
+        x = jbn.linen.BatchNorm(use_running_average=True, momentum=None)(x)
+        x = x.reshape(len(x), -1)
+        return nn.Dense(5, name="fc")(x) + nn.Embed(9, 5)(words)
+
+
+def test_batch_norm_dense_and_embed_of_torch():
+    x, words = draw(2, 3, 4, 2), np.array([1, 8])
+    bn, w, b, e = draw_batch_norm(3, "bn."), draw(5, 24), draw(5), draw(9, 5)
+    state_dict = {**bn, "fc.weight": w, "fc.bias": b, "words.weight": e}
+    variables = template(Head(), channels_last(x), words)
+    options = {"flattened": {"fc": (3, 4, 2)}}
+    variables, report = convert.from_torch(
+        state_dict, variables, epsilon=1e-5, momentum=0.25, **options
+    )
+
+    def column(name):
+        return bn[f"bn.{name}"].astype(np.float64).reshape(-1, 1, 1)
+
+    root = np.sqrt(column("running_var") + 1e-5)
+    y = (x - column("running_mean")) / root * column("weight") + column("bias")
+    expected = y.reshape(2, -1) @ w.T + b + e[words]
+    y = Head().apply(variables, channels_last(x), words)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(variables["batch_stats"]["BatchNorm_0"]["count"], [7, 7, 7])
+    assert report.arguments == {"BatchNorm_0": {"epsilon": 1e-5, "momentum": None}}
+    assert entries_of(report) == state_dict.keys()
+    again = convert.to_torch(variables, like=state_dict, **options).weights
+    exact(again, state_dict)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_affine(affine):
+    state_dict = draw_batch_norm(3)
+    if not affine:
+        del state_dict["weight"], state_dict["bias"]
+    layer = jbn.linen.BatchNorm(use_running_average=True, use_scale=affine, use_bias=affine)
+    variables, report = convert.from_torch(state_dict, template(layer, draw(2, 3)))
+    assert ("params" in variables) == affine
+    assert list(report.left) == ["num_batches_tracked"]
+    exact(convert.to_torch(variables, like=state_dict).weights, state_dict)
+    other = jbn.linen.BatchNorm(True, use_scale=not affine, use_bias=not affine)
+    with pytest.raises(ValueError, match=f"make the layer with use_(scale|bias)={affine}"):
+        convert.from_torch(state_dict, template(other, draw(2, 3)), names={"": ""})
+
+
+class Stack(nn.Module):
+    """Twelve layers of one shape and a different one between them."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(6):
+            x = nn.Dense(4)(x)
+        x = nn.Dense(4, use_bias=False, name="between")(x)
+        for _ in range(6):
+            x = nn.Dense(4)(x)
+        return x
+
+
+def stack_weights():
+    names = [f"layers.{i}" for i in range(13)]
+    state_dict = {f"{name}.weight": draw(4, 4) for name in names}
+    return state_dict | {f"{n}.bias": draw(4) for n in names if n != "layers.6"}
+
+
+def test_order_of_appearance():
+    """Also of variables that are sorted by name, Dense_10 before Dense_2."""
+    state_dict, x = stack_weights(), draw(1, 4)
+    made = Stack().init(jax.random.key(0), x)
+    expected = x.astype(np.float64)
+    for i in range(13):
+        expected = expected @ state_dict[f"layers.{i}.weight"].T
+        expected = expected + state_dict.get(f"layers.{i}.bias", 0)
+    for variables in (made, template(Stack(), x)):
+        variables, report = convert.from_torch(state_dict, variables)
+        y = Stack().apply(variables, x)
+        np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
+        assert {row.matched for row in report.used} == {"order"}
+        assert "layers.10.weight" in str(report)
+
+
+def test_names_and_equal_names():
+    state_dict = stack_weights()
+    state_dict["between.weight"] = state_dict.pop("layers.6.weight")
+    names = {"Dense_0": "layers.1", "Dense_1": "layers.0"}
+    variables, report = convert.from_torch(state_dict, template(Stack(), draw(1, 4)), names=names)
+    params = variables["params"]
+    for flax, torch in (("Dense_0", 1), ("Dense_1", 0), ("Dense_2", 2), ("Dense_11", 12)):
+        np.testing.assert_array_equal(
+            params[flax]["kernel"], state_dict[f"layers.{torch}.weight"].T
+        )
+    matched = {row.flax: row.matched for row in report.used}
+    assert matched["Dense_0/kernel"] == "names"
+    assert matched["between/kernel"] == "equal names"
+    assert matched["Dense_5/bias"] == "order"
+
+
+class Network(nnx.Module):
+    """With other state than parameters and statistics."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
+        self.norm = jbn.nnx.BatchNorm(3, rngs=rngs)
+        self.head = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(3, 4, rngs=rngs))
+
+
+def test_nnx():
+    state_dict = {"conv.weight": draw(3, 2, 3, 3), "conv.bias": draw(3)}
+    state_dict |= draw_batch_norm(3, "norm.")
+    state_dict |= {"fc.weight": draw(4, 3), "fc.bias": draw(4)}
+    model = Network(nnx.Rngs(0))
+    state, report = convert.from_torch(state_dict, nnx.state(model))
+    nnx.update(model, state)
+    np.testing.assert_array_equal(model.norm.var[...], state_dict["norm.running_var"])
+    np.testing.assert_array_equal(model.head.layers[1].kernel[...], state_dict["fc.weight"].T)
+    assert "head/layers/0/rngs/key" in report.left
+    exact(convert.to_torch(nnx.state(model), like=state_dict).weights, state_dict)
+    pure, _ = convert.from_torch(state_dict, nnx.to_pure_dict(nnx.state(model)))
+    np.testing.assert_array_equal(pure["norm"]["mean"], state_dict["norm.running_mean"])
+
+
+def test_boxes_of_metadata_stay():
+    layer = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.zeros, ("in", None)))
+    variables = template(layer, draw(1, 2))
+    state_dict = {"weight": draw(3, 2), "bias": draw(3)}
+    kernel = convert.from_torch(state_dict, variables).weights["params"]["kernel"]
+    assert kernel.names == ("in", None)
+    np.testing.assert_array_equal(kernel.value, state_dict["weight"].T)
+
+
+def test_leave():
+    """What is left keeps the template's values, and in the state_dict its own."""
+    model = nn.Sequential([nn.Dense(3), nn.Dense(2)])
+    made = model.init(jax.random.key(0), draw(1, 4))
+    state_dict = {"body.weight": draw(3, 4), "body.bias": draw(3)}
+    state_dict |= {"fc.weight": draw(7, 3), "fc.bias": draw(7)}
+    options = {"leave": ("layers_1", "fc")}
+    variables, report = convert.from_torch(state_dict, made, **options)
+    np.testing.assert_array_equal(
+        variables["params"]["layers_1"]["kernel"], made["params"]["layers_1"]["kernel"]
+    )
+    assert report.left.keys() == {"layers_1/kernel", "layers_1/bias", "fc.weight", "fc.bias"}
+    exact(convert.to_torch(variables, like=state_dict, **options).weights, state_dict)
+    with pytest.raises(ValueError, match=r"layers_1.*pass what model.init returns"):
+        convert.from_torch(state_dict, template(model, draw(1, 4)), **options)
+
+
+def test_dtypes():
+    """Those of the template; what that rounds is said."""
+    w = draw(3, 2)
+    for dtype, rounded in (("float32", False), ("bfloat16", True)):
+        variables = template(nn.Dense(3, use_bias=False, param_dtype=dtype), draw(1, 2))
+        variables, report = convert.from_torch({"weight": w}, variables)
+        assert variables["params"]["kernel"].dtype == dtype
+        assert any("rounded from float32 to bfloat16" in n for n in report.notes) == rounded
+    half = {"weight": w.astype(jnp.bfloat16)}
+    variables = template(nn.Dense(3, use_bias=False), draw(1, 2))
+    variables, report = convert.from_torch(half, variables)
+    assert not report.notes
+    exact(convert.to_torch(variables, like=half).weights, half)
+    variables = template(nn.Dense(3, use_bias=False, param_dtype="float16"), draw(1, 2))
+    with pytest.raises(ValueError, match="too large for float16"):
+        convert.from_torch({"weight": w * 1e6}, variables)
+
+
+def test_report_says_what_a_state_dict_lacks():
+    state_dict = draw_batch_norm(3)
+    variables = template(jbn.linen.BatchNorm(True), draw(2, 3))
+    report = convert.from_torch(state_dict, variables).report
+    text = " ".join(str(report).split())
+    for said in ("unbiased=True", "torch's is 1e-5", "momentum=0.9.", "running_var", "left"):
+        assert said in text, said
+    assert report.arguments == {"": {}}
+    report = convert.from_torch(state_dict, variables, epsilon=1e-3, momentum=0.1).report
+    assert report.arguments == {"": {"epsilon": 1e-3, "momentum": 0.9}}
+    assert "epsilon=0.001, momentum=0.9" in str(report)
+    assert not any("not in a state_dict" in note for note in report.notes)
+
+
+CONV, BN = {"c.weight": draw(3, 2, 3, 3), "c.bias": draw(3)}, draw_batch_norm(3, "n.")
+
+
+class ConvNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jbn.linen.BatchNorm(True)(nn.Conv(3, (3, 3))(x))
+
+
+def without(name):
+    return {k: v for k, v in {**CONV, **BN}.items() if k != name}
+
+
+def changed(name, value):
+    return {**CONV, **BN, name: value}
+
+
+BAD = {
+    "missing bias": (without("c.bias"), {}, "no layer of the source fits Conv_0.*c .weight"),
+    "missing variance": (without("n.running_var"), {}, r"BatchNorm_0 .*n \(weight"),
+    "surplus": (changed("d.weight", draw(2, 2)), {}, "no Flax layer fits d .*leave"),
+    "width": (changed("c.weight", draw(4, 2, 3, 3)), {}, "Conv_0.*c .weight float32.4,2,3,3"),
+    "kernel layout": (changed("c.weight", draw(3, 3, 2, 3)), {}, "Conv_0.*3,3,2,3"),
+    "two": (CONV | BN | draw_batch_norm(3, "m."), {}, "BatchNorm_0.*n, m: 1 against 2"),
+    "named misfit": ({**CONV, **BN}, {"names": {"Conv_0": "n"}}, r"Conv_0 .*does not fit n "),
+    "no layer": ({**CONV, **BN}, {"names": {"Conv_1": "c"}}, "Conv_1.*there are .*'Conv_0'"),
+    "no source": ({**CONV, **BN}, {"names": {"Conv_0": "d"}}, "'d'.*there are 'c', 'n'"),
+    "left nothing": ({**CONV, **BN}, {"leave": ["d"]}, "leave names 'd'"),
+    "transposed": ({**CONV, **BN}, {"transpose_kernel": {"C": True}}, "transpose_kernel.*'C'"),
+    "flattened": ({**CONV, **BN}, {"flattened": {"Conv_0": (1, 2)}}, "no Dense layer"),
+    "epsilon": ({**CONV, **BN}, {"epsilon": -1}, "epsilon must be at least 0"),
+    "NaN": (changed("n.weight", np.array([1, np.nan, 2])), {}, "layer n: 1 of the 3 .*n.weight"),
+    "infinite": (changed("c.bias", np.full(3, np.inf)), {}, "layer c: 3 of the 3"),
+    "negative": (changed("n.running_var", np.array([1, -2.0, 3])), {}, "n.running_var are negat"),
+    "nested": ({"state_dict": CONV, "epoch": 3}, {}, r"checkpoint\['state_dict'\]"),
+    "objects": (changed("c.weight", object()), {}, "c.weight.*array of numbers"),
+    "not a mapping": ([1, 2], {}, "module.state_dict"),
+    "weight norm": (
+        {**BN, "c.weight_g": draw(3, 1, 1, 1), "c.weight_v": draw(3, 2, 3, 3), "c.bias": draw(3)},
+        {},
+        "Conv_0.*c .weight_g",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    state_dict, options, message = BAD[case]
+    variables = template(ConvNorm(), draw(1, 5, 5, 2))
+    with pytest.raises((ValueError, TypeError), match=message):
+        convert.from_torch(state_dict, variables, **options)
+
+
+def test_pickles_are_refused(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
+    with pytest.raises(ValueError, match="weights_only=True"):
+        convert.from_torch(path, {"params": {}})
+
+
+def test_bad_variables():
+    with pytest.raises(TypeError, match=r"nnx.state\(model\)"):
+        convert.from_torch(CONV, Network(nnx.Rngs(0)))
+    with pytest.raises(TypeError, match="/bias has a shape but no values"):
+        convert.to_torch(template(ConvNorm(), draw(1, 5, 5, 2)))
+    unknown = {"params": {"scale_of_all": jnp.ones(3)}}
+    with pytest.raises(ValueError, match="scale_of_all"):
+        convert.to_torch(unknown)
+
+
+def test_safetensors(tmp_path):
+    """Written whole or not at all; a damaged file is refused."""
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    state_dict = stack_weights()
+    variables, _ = convert.from_torch(state_dict, template(Stack(), draw(1, 4)))
+    names = {f"Dense_{i}": f"layers.{i + (i > 5)}" for i in range(12)} | {"between": "layers.6"}
+    convert.to_torch(variables, path, names=names)
+    assert os.listdir(tmp_path) == [path.name]
+    again, _ = convert.from_torch(path, template(Stack(), draw(1, 4)))
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+    exact(convert.to_torch(again, like=path).weights, state_dict)
+
+    before = path.read_bytes()
+    broken = jax.tree.map(lambda v: v * np.nan, variables)
+    with pytest.raises(ValueError, match="NaN"):
+        convert.to_torch(broken, path, names=names)
+    assert path.read_bytes() == before
+    for content in (before[:-5], b"", b"foreign"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no whole safetensors file"):
+            convert.from_torch(path, variables)
+
+
+# Keras: a model of each kind of layer, in each kind of file, against Keras's own output.
+
+
+@pytest.fixture(scope="module")
+def keras():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "jax")
+        pytest.importorskip("h5py")
+        yield pytest.importorskip("keras")
+
+
+@pytest.fixture(scope="module")
+def keras_model(keras):
+    layers = keras.layers
+    inputs = keras.Input((9, 9, 2))
+    x = layers.Conv2D(4, 3, name="stem")(inputs)
+    x = layers.BatchNormalization(scale=False, epsilon=0.01, momentum=0.5)(x)
+    x = layers.DepthwiseConv2D(2, depth_multiplier=2)(x)
+    x = layers.BatchNormalization(center=False)(x)
+    x = layers.SeparableConv2D(6, 2)(x)
+    x = layers.Conv2DTranspose(6, 3, strides=2, name="up")(x)
+    inner = [layers.Conv2D(6, 3, groups=3), layers.BatchNormalization()]
+    x = keras.Sequential(inner, name="part")(x)
+    x = layers.Dense(3, name="head")(layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, x)
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.set_weights(
+        [draw(*w.shape) ** 2 if "variance" in w.path else draw(*w.shape) for w in model.weights]
+    )
+    return model
+
+
+class LikeKeras(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def norm(x, **options):
+            return jbn.linen.BatchNorm(True, **{"epsilon": 1e-3, **options})(x)
+
+        x = norm(nn.Conv(4, (3, 3), padding="VALID")(x), use_scale=False, epsilon=0.01)
+        x = nn.Conv(8, (2, 2), padding="VALID", feature_group_count=4)(x)
+        x = norm(x, use_bias=False)
+        x = nn.Conv(8, (2, 2), padding="VALID", feature_group_count=8, use_bias=False)(x)
+        x = nn.Conv(6, (1, 1))(x)
+        x = nn.ConvTranspose(6, (3, 3), strides=(2, 2), padding="VALID", name="up")(x)
+        x = norm(nn.Conv(6, (3, 3), padding="VALID", feature_group_count=3)(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+OPTIONS = {"transpose_kernel": {"up": False}}
+
+
+# Keras's own, on saving.
+KERAS_WARNS = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@KERAS_WARNS
+@pytest.mark.parametrize("name", ["model.keras", "model.h5", "model.weights.h5", "old.h5"])
+def test_keras(name, keras, keras_model, tmp_path):
+    path = tmp_path / name
+    save = keras_model.save_weights if "weights" in name else keras_model.save
+    save(path)
+    if name == "old.h5":  # weights alone in the older format
+        import h5py
+
+        with h5py.File(tmp_path / "model.h5", "w") as old, h5py.File(path) as whole:
+            weights = whole["model_weights"]
+            old.attrs.update(weights.attrs)
+            for layer in weights:
+                whole.copy(weights[layer], old)
+        path = tmp_path / "model.h5"
+    x = draw(2, 9, 9, 2)
+    variables, report = convert.from_keras(path, template(LikeKeras(), x), **OPTIONS)
+    y = np.asarray(keras_model(x))
+    np.testing.assert_allclose(LikeKeras().apply(variables, x), y, rtol=1e-3, atol=1e-3)
+    arguments = report.arguments["BatchNorm_0"]
+    if name in ("model.keras", "model.h5"):
+        assert arguments == {"epsilon": 0.01, "momentum": 0.5}
+        assert report.arguments["BatchNorm_2"] == {"epsilon": 1e-3, "momentum": 0.99}
+    else:
+        assert arguments == {}
+        assert any("epsilon=1e-3" in note for note in report.notes)
+    assert len(report.used) == len(keras_model.weights)
+
+    changed = jax.tree.map(lambda v: v * 0.5, variables)
+    converted = convert.to_keras(changed, path, like=path, **OPTIONS)
+    assert {row.source for row in converted.report.used} == converted.weights.keys()
+    again, _ = convert.from_keras(path, variables, **OPTIONS)
+    jax.tree.map(np.testing.assert_array_equal, again, changed)
+    before = keras_model.get_weights()
+    if "weights" in name:
+        keras_model.load_weights(path)
+        loaded = keras_model.get_weights()
+        keras_model.set_weights(before)
+    elif name != "old.h5":
+        loaded = keras.models.load_model(path, compile=False).get_weights()
+    else:
+        return
+    for new, old in zip(loaded, before, strict=True):
+        np.testing.assert_array_equal(new, old * np.float32(0.5))
+
+
+@KERAS_WARNS
+def test_keras_says_what_a_transposed_convolution_needs(keras_model, tmp_path):
+    """Keras's file tells a Conv2DTranspose, but not Flax's argument."""
+    keras_model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match=r"up .*transpose_kernel"):
+        convert.from_keras(tmp_path / "model.keras", template(LikeKeras(), draw(1, 9, 9, 2)))
+
+
+@KERAS_WARNS
+def test_keras_bad_files(keras_model, tmp_path):
+    variables = template(LikeKeras(), draw(1, 9, 9, 2))
+    good, bad = tmp_path / "good.keras", tmp_path / "bad.keras"
+    keras_model.save(good)
+    content = good.read_bytes()
+    for broken in (content[:-100], content[: len(content) // 2], b"", b"foreign"):
+        bad.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"bad.keras is no whole file of Keras"):
+            convert.from_keras(bad, variables)
+    keras_model.save_weights(tmp_path / "good.weights.h5")
+    content = (tmp_path / "good.weights.h5").read_bytes()
+    bad = tmp_path / "bad.weights.h5"
+    for broken in (content[:-100], b"foreign"):
+        bad.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"bad.weights.h5 is no whole file of Keras"):
+            convert.from_keras(bad, variables)
+    with pytest.raises(FileNotFoundError):
+        convert.from_keras(tmp_path / "none.h5", variables)
+    with pytest.raises(ValueError, match=r"model.pth must be a file .h5"):
+        convert.from_keras(tmp_path / "model.pth", variables)
+
+
+@KERAS_WARNS
+def test_keras_foreign_entries(keras_model, tmp_path):
+    import h5py
+
+    path, x = tmp_path / "model.weights.h5", draw(1, 9, 9, 2)
+    keras_model.save_weights(path)
+    variables, _ = convert.from_keras(path, template(LikeKeras(), x), **OPTIONS)
+    before = path.read_bytes()
+    wrong = jax.tree.map(lambda v: -jnp.abs(v), variables)
+    with pytest.raises(ValueError, match=r"BatchNorm_\d: .*BatchNorm_\d/var are negative"):
+        convert.to_keras(wrong, path, like=path, **OPTIONS)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+    with h5py.File(path, "r+") as file:
+        file["layers/batch_normalization/vars/2"][...] = -1
+    with pytest.raises(ValueError, match=r"batch_normalization.*negative, down to -1"):
+        convert.from_keras(path, variables, **OPTIONS)
+    with h5py.File(path, "r+") as file:
+        del file["layers/conv2d/vars/0"]
+    with pytest.raises(ValueError, match=r"Conv_0"):
+        convert.from_keras(path, variables, **OPTIONS)
+    with h5py.File(path, "w") as file:
+        file["data"] = np.ones(3)
+    with pytest.raises(ValueError, match=r"data.*written by Keras"):
+        convert.from_keras(path, variables)
+    with h5py.File(path, "w"):
+        pass
+    with pytest.raises(ValueError, match=r"holds no layer"):
+        convert.from_keras(path, variables)
