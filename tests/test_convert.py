@@ -13,6 +13,7 @@ from flax import nnx
 import jbn.linen
 import jbn.nnx
 from jbn import convert
+from tests.real_networks import keras_on_jax
 
 pytestmark = pytest.mark.standard_jax
 
@@ -41,7 +42,7 @@ def template(model, *inputs):
 def exact(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].dtype == b[name].dtype, name
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
         np.testing.assert_array_equal(a[name], b[name], name)
 
 
@@ -403,6 +404,14 @@ def test_safetensors(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, variables)
     exact(convert.to_torch(again, like=path).weights, state_dict)
 
+    with_count = draw_batch_norm(3, "n.") | {"n.weight": np.asfortranarray(draw(2, 3).T)[:, 0]}
+    options = {"like": with_count, "names": {"": "n"}}
+    layer = jbn.linen.BatchNorm(True)
+    norm, _ = convert.from_torch(with_count, template(layer, draw(1, 3)), names={"": "n"})
+    convert.to_torch(norm, path.with_stem("norm"), **options)
+    exact(convert.to_torch(norm, like=path.with_stem("norm")).weights, with_count)
+    path.with_stem("norm").unlink()
+
     before = path.read_bytes()
     broken = jax.tree.map(lambda v: v * np.nan, variables)
     with pytest.raises(ValueError, match="NaN"):
@@ -419,10 +428,8 @@ def test_safetensors(tmp_path):
 
 @pytest.fixture(scope="module")
 def keras():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERAS_BACKEND", "jax")
-        pytest.importorskip("h5py")
-        yield pytest.importorskip("keras")
+    with keras_on_jax() as keras:
+        yield keras
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,8 @@ def out_of_flax(
                 move.backward(value), np.dtype(source.arrays[move.source].dtype), ours
             )
             rounded += [note] if note else []
-            weights[entry] = value
+            # Not a view of the variables, and in C order: torch.tensor takes no mirrored view.
+            weights[entry] = np.array(value, order="C")
     return Converted(weights, _report(framework, pairs, left, lambda _: {}, (*notes, *rounded)))
 
 
