@@ -46,6 +46,11 @@ def exact(a, b):
         np.testing.assert_array_equal(a[name], b[name], name)
 
 
+def contiguous(weights):
+    """torch.tensor takes no mirrored views, and a safetensors file the bytes as they lie."""
+    return all(value.flags.c_contiguous for value in weights.values())
+
+
 def entries_of(report):
     return {row.source for row in report.used} | set(report.left)
 
@@ -129,7 +134,9 @@ def test_conv_transpose(transpose_kernel, outputs, kernel, framework, tmp_path):
     y = layer.apply(variables, channels_last(x))
     np.testing.assert_allclose(y, channels_last(expected), rtol=1e-4, atol=1e-5)
     if framework == "torch":
-        exact(convert.to_torch(variables, **options).weights, source)
+        weights, _ = convert.to_torch(variables, **options)
+        exact(weights, source)
+        assert contiguous(weights)
     else:
         convert.to_keras(
             variables, tmp_path / "b.weights.h5", like=tmp_path / "up.weights.h5", **options
@@ -381,6 +388,16 @@ def test_pickles_are_refused(tmp_path):
         convert.from_torch(path, {"params": {}})
 
 
+def test_two_layers_of_one_name():
+    variables = Stack().init(jax.random.key(0), draw(1, 4))
+    names = {"Dense_0": "fc", "Dense_1": "fc"}
+    with pytest.raises(ValueError, match="Dense_0 and Dense_1 would both be called 'fc'"):
+        convert.to_torch(variables, names=names)
+    state_dict = {"fc.weight": draw(4, 4), "fc.bias": draw(4)}
+    with pytest.raises(ValueError, match="'fc' to several Flax layers: Dense_0, Dense_1"):
+        convert.from_torch(state_dict, variables, names=names)
+
+
 def test_bad_variables():
     with pytest.raises(TypeError, match=r"nnx.state\(model\)"):
         convert.from_torch(CONV, Network(nnx.Rngs(0)))
@@ -404,13 +421,13 @@ def test_safetensors(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, variables)
     exact(convert.to_torch(again, like=path).weights, state_dict)
 
-    with_count = draw_batch_norm(3, "n.") | {"n.weight": np.asfortranarray(draw(2, 3).T)[:, 0]}
-    options = {"like": with_count, "names": {"": "n"}}
-    layer = jbn.linen.BatchNorm(True)
-    norm, _ = convert.from_torch(with_count, template(layer, draw(1, 3)), names={"": "n"})
-    convert.to_torch(norm, path.with_stem("norm"), **options)
-    exact(convert.to_torch(norm, like=path.with_stem("norm")).weights, with_count)
-    path.with_stem("norm").unlink()
+    other = path.with_name("other.safetensors")
+    like = draw_batch_norm(3, "n.") | {"fc.weight": np.asfortranarray(draw(2, 3))}
+    options = {"names": {"": "n"}, "leave": ["fc"]}
+    norm, _ = convert.from_torch(like, template(jbn.linen.BatchNorm(True), draw(1, 3)), **options)
+    convert.to_torch(norm, other, like=like, **options)
+    exact(convert.to_torch(norm, like=other, **options).weights, like)
+    other.unlink()
 
     before = path.read_bytes()
     broken = jax.tree.map(lambda v: v * np.nan, variables)
@@ -529,6 +546,28 @@ def test_keras_says_what_a_transposed_convolution_needs(keras_model, tmp_path):
     keras_model.save(tmp_path / "model.keras")
     with pytest.raises(ValueError, match=r"up .*transpose_kernel"):
         convert.from_keras(tmp_path / "model.keras", template(LikeKeras(), draw(1, 9, 9, 2)))
+
+
+@KERAS_WARNS
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+def test_keras_scale_or_bias(name, keras, tmp_path):
+    """Numbered variables of which one is missing: the config knows which, or the Flax layer."""
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(scale=False)])
+    model.set_weights([draw(3), draw(3), draw(3) ** 2])
+    (model.save if name == "model.keras" else model.save_weights)(tmp_path / name)
+
+    def load(**options):
+        layer = jbn.linen.BatchNorm(True, **options)
+        return convert.from_keras(tmp_path / name, template(layer, draw(1, 3))).weights
+
+    np.testing.assert_array_equal(load(use_scale=False)["params"]["bias"], model.get_weights()[0])
+    with pytest.raises(ValueError, match=r"no layer of the source fits"):
+        load()
+    with pytest.raises(ValueError, match=r"no layer of the source fits"):
+        load(use_scale=False, use_bias=False)
+    if name == "model.keras":
+        with pytest.raises(ValueError, match=r"no layer of the source fits.* beta "):
+            load(use_bias=False)
 
 
 @KERAS_WARNS

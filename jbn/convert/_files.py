@@ -62,7 +62,8 @@ def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.nda
     save_file = optional("safetensors.numpy").save_file
     with written_whole(path) as temporary:
         # The writer takes the bytes as they lie, transposed ones too.
-        save_file({k: np.asarray(v, order="C") for k, v in weights.items()}, temporary)
+        contiguous = {name: np.asarray(value, order="C") for name, value in weights.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt"})
 
 
 def check_suffix(path: pathlib.Path, suffixes: tuple[str, ...]) -> None:

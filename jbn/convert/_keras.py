@@ -59,7 +59,9 @@ def from_keras(
                                          [*K, O, I] for transpose_kernel=True
 
     What differs between the layers of batch norm is in docs/migrating.md: above all Keras's epsilon
-    is 1e-3. It and the momentum are in the files of whole models, and from there in the report.
+    is 1e-3. It and the momentum are in the files of whole models, and from there in the report. A
+    `.weights.h5` does not say whether a single parameter of batch norm is its scale or its bias: it
+    becomes the one that the Flax layer has.
 
     Args:
         path: a whole model or weights alone, `.keras`, `.h5`, `.hdf5` or `.weights.h5`.
@@ -83,13 +85,20 @@ def from_keras(
             foreign.
 
     Example:
-        >>> import jax, jax.numpy as jnp, jbn.convert
+        >>> import h5py, jax, jax.numpy as jnp, jbn.convert, numpy as np, pathlib, tempfile
         >>> from flax import linen as nn
-        >>> model = nn.Sequential([nn.Conv(8, (3, 3)), nn.BatchNorm(True, epsilon=1e-3)])
-        >>> template = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8, 8, 1)))
-        >>> jbn.convert.from_keras("emotions.keras", template)
-        Traceback (most recent call last):
-        FileNotFoundError: [Errno 2] No such file or directory: 'emotions.keras'
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name, "model.weights.h5")
+        >>> with h5py.File(path, "w") as file:  # as Keras's model.save_weights(path) does
+        ...     file["layers/dense/vars/0"] = np.ones((3, 2), np.float32)
+        ...     file["layers/dense/vars/1"] = np.zeros(2, np.float32)
+        >>> template = jax.eval_shape(nn.Dense(2).init, jax.random.key(0), jnp.ones((1, 3)))
+        >>> variables, report = jbn.convert.from_keras(path, template)
+        >>> variables["params"]["bias"]
+        Array([0., 0.], dtype=float32)
+        >>> [(row.source, row.flax) for row in report.used]
+        [('layers/dense/vars/1', 'bias'), ('layers/dense/vars/0', 'kernel')]
+        >>> folder.cleanup()
     """
     sources, left = _keras_files.read(path)
     pairs, more = _convert.pair_layers(
@@ -132,12 +141,18 @@ def to_keras(
         TypeError, ValueError: as `from_keras`, before anything is written.
 
     Example:
-        >>> import jax, jax.numpy as jnp, jbn.convert
+        >>> import h5py, jax, jax.numpy as jnp, jbn.convert, numpy as np, pathlib, tempfile
         >>> from flax import linen as nn
-        >>> variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
-        >>> jbn.convert.to_keras(variables, "out.weights.h5", like="out.keras")
-        Traceback (most recent call last):
-        ValueError: out.weights.h5 must be a file .keras, the kind that like is.
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> old, new = (pathlib.Path(folder.name, f"{name}.weights.h5") for name in ("old", "new"))
+        >>> with h5py.File(old, "w") as file:  # as Keras's model.save_weights(old) does
+        ...     file["layers/dense/vars/0"] = np.ones((3, 2), np.float32)
+        >>> model = nn.Dense(2, use_bias=False, kernel_init=nn.initializers.zeros)
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+        >>> weights, report = jbn.convert.to_keras(variables, new, like=old)
+        >>> weights["layers/dense/vars/0"].sum()
+        np.float32(0.0)
+        >>> folder.cleanup()
     """
     suffix = pathlib.Path(like).suffix
     if pathlib.Path(path).suffix != suffix:

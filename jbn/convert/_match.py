@@ -185,11 +185,21 @@ def _equal_names(
     layers: Mapping[str, Layer], sources: Mapping[str, Source], names: Mapping[str, str]
 ) -> dict[str, str]:
     """Layers whose names are equal but for the separators."""
-    free = [name for name in sources if name not in names.values()]
-    plain = {re.sub(r"[./_]", " ", name): name for name in free}
-    keys = {path: re.sub(r"[./_]", " ", path) for path in layers if path not in names}
-    unique = len(plain) == len(free) and len(set(keys.values())) == len(keys)
-    return {path: plain[key] for path, key in keys.items() if key in plain} if unique else {}
+    paths = _by_plain_name(path for path in layers if path not in names)
+    theirs = _by_plain_name(name for name in sources if name not in names.values())
+    return {
+        path: theirs[plain][0]
+        for plain, (path, *more) in paths.items()
+        if not more and len(theirs.get(plain, ())) == 1
+    }
+
+
+def _by_plain_name(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that are the same without their separators."""
+    table: dict[str, list[str]] = {}
+    for name in names:
+        table.setdefault(re.sub(r"[./_]", " ", name), []).append(name)
+    return table
 
 
 def _by_order(layers: list[Layer], sources: list[Source], moves: Moves) -> list[Pair]:

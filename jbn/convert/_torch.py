@@ -3,31 +3,16 @@
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jbn import _axes
-from jbn.convert import _convert, _files, _flax, _match
+from jbn.convert import _convert, _files, _flax, _match, _torch_layouts
 from jbn.convert._flax import Layer
 from jbn.convert._match import Move, Pair, Source
 from jbn.convert._report import Converted
-
-WITH_KERNEL = {"kernel": "weight", "bias": "bias"}
-ROLES = {
-    "BatchNorm": {
-        "scale": "weight",
-        "bias": "bias",
-        "mean": "running_mean",
-        "var": "running_var",
-        "count": "num_batches_tracked",
-    },
-    "Embed": {"embedding": "weight"},
-    "Dense": WITH_KERNEL,
-    "Conv": WITH_KERNEL,
-    "ConvTranspose": WITH_KERNEL,
-}
 
 VARIANCE_IN = (
     "The running variances of torch average unbiased variances (over n - 1), Flax's biased ones "
@@ -131,7 +116,7 @@ def from_torch(
     pairs, left = _convert.pair_layers(
         variables,
         _read(state_dict),
-        functools.partial(_moves, _check_flattened(flattened, variables)),
+        functools.partial(_torch_layouts.moves, _check_flattened(flattened, variables)),
         names=names,
         leave=leave,
         transpose_kernel=transpose_kernel,
@@ -183,13 +168,13 @@ def to_torch(
         >>> {name: value.shape for name, value in weights.items()}
         {'conv1.weight': (8, 2, 5, 3), 'conv1.bias': (8,)}
     """
-    moves = functools.partial(_moves, _check_flattened(flattened, variables))
+    moves = functools.partial(_torch_layouts.moves, _check_flattened(flattened, variables))
     kept: dict[str, np.ndarray] = {}
     if like is None:
         layers = _flax.read_layers(variables, transpose_kernel or {})
         left = dict.fromkeys(_flax.other_entries(variables), _convert.NOT_FLOATING)
         left |= _match.split_left(leave, layers, {})
-        pairs = [_renamed(layer, moves, layers, names or {}) for layer in layers.values()]
+        pairs = _renamed(layers, moves, names or {})
     else:
         sources = _read(like)
         kept = {s.entries[role]: v for s in sources for role, v in s.arrays.items()}
@@ -202,94 +187,6 @@ def to_torch(
     if path is not None:
         _files.write_safetensors(path, weights)
     return Converted(weights, report)
-
-
-def _moves(
-    flattened: Mapping[str, Sequence[int]], layer: Layer, _: Source | None = None
-) -> Iterator[Sequence[Move]]:
-    """The ways in which a layer may lie in torch."""
-    roles = ROLES.get(layer.kind)
-    if roles is None:
-        return
-    if "kernel" in roles:
-        kernels = _kernels(layer, flattened.get(layer.path))
-    elif "count" in layer.arrays:
-        kernels = [_count(layer)]
-    else:
-        kernels = [None]
-    for special in kernels:
-        yield [
-            special if special and role == special.role else Move(role, roles[role])
-            for role in layer.arrays
-        ]
-
-
-def _kernels(layer: Layer, flattened: Sequence[int] | None) -> list[Move]:
-    """The layouts that the kernel may have, the likely one first."""
-    if layer.kind == "Dense":
-        return [_flattened(flattened) if flattened else DENSE]
-    if layer.transpose_kernel is None:
-        return [CONV, MIRRORED]  # the latter only if nothing but a ConvTranspose has its shape
-    return [CONV] if layer.transpose_kernel else [MIRRORED, CONV]
-
-
-def _spatial_last(kernel: np.ndarray) -> np.ndarray:
-    """[*K, A, B] -> [A, B, *K]."""
-    return np.moveaxis(kernel, (-2, -1), (0, 1))
-
-
-def _mirror(weight: np.ndarray) -> np.ndarray:
-    """Reverses the spatial axes of [A, B, *K].
-
-    torch's transposed convolution is the transpose of a cross-correlation with the weight; Flax's,
-    unless transpose_kernel, is a cross-correlation of the dilated input.
-    """
-    return np.flip(weight, tuple(range(2, weight.ndim)))
-
-
-CONV = Move(
-    "kernel",
-    "weight",
-    lambda w: np.moveaxis(w, (0, 1), (-1, -2)),
-    lambda k: np.swapaxes(_spatial_last(k), 0, 1),
-    "(O, I, *K) to (*K, I, O)",
-)
-MIRRORED = Move(
-    "kernel",
-    "weight",
-    lambda w: np.moveaxis(_mirror(w), (0, 1), (-2, -1)),
-    lambda k: _mirror(_spatial_last(k)),
-    "(I, O, *K) to (*K, I, O), mirrored along K",
-)
-DENSE = Move("kernel", "weight", lambda w: w.T, lambda k: k.T, "(O, I) to (I, O)")
-
-
-def _flattened(shape: Sequence[int]) -> Move:
-    """The kernel after a flatten: the features (C, *K) of torch are (*K, C) in Flax."""
-    channels, *spatial = shape
-
-    def forward(weight: np.ndarray) -> np.ndarray:
-        weight = weight.reshape(-1, channels, *spatial)
-        return np.moveaxis(weight, 1, -1).reshape(len(weight), -1).T
-
-    def backward(kernel: np.ndarray) -> np.ndarray:
-        kernel = kernel.T.reshape(-1, *spatial, channels)
-        return np.moveaxis(kernel, -1, 1).reshape(len(kernel), -1)
-
-    layout = f"(O, I) to (I, O), I from {tuple(shape)} to {(*spatial, channels)}"
-    return Move("kernel", "weight", forward, backward, layout)
-
-
-def _count(layer: Layer) -> Move:
-    """The number of updates: one in torch, one for each feature in Flax."""
-    shape = layer.arrays["count"].shape
-    return Move(
-        "count",
-        "num_batches_tracked",
-        lambda n: np.full(shape, n),
-        lambda count: np.asarray(count.max(initial=0)),
-        "() to (C,)",
-    )
 
 
 def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> list[Source]:
@@ -313,25 +210,34 @@ def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> list[Source
 
 
 def _renamed(
-    layer: Layer, moves: _match.Moves, layers: Mapping[str, Layer], names: Mapping[str, str]
-) -> Pair:
-    """A layer paired with the torch layer that is made for it."""
+    layers: Mapping[str, Layer], moves: _match.Moves, names: Mapping[str, str]
+) -> list[Pair]:
+    """Pairs each layer with the torch layer that is made for it."""
     for path in names:
         if path not in layers:
             raise ValueError(
                 f"names give {path!r}, which is no Flax layer: {_flax.known_names(layers)}."
             )
-    candidates = list(moves(layer, Source("", {}, {})))
-    if not candidates:
-        raise ValueError(f"{layer} is of a kind that is not converted: name it in leave.")
-    name = names.get(layer.path, layer.path.replace("/", "."))
+    made: dict[str, Pair] = {}
+    for path, layer in layers.items():
+        candidates = list(moves(layer, Source("", {}, {})))
+        if not candidates:
+            raise ValueError(f"{layer} is of a kind that is not converted: name it in leave.")
+        name = names.get(path, path.replace("/", "."))
+        if name in made:
+            raise ValueError(f"{made[name].layer.path} and {path} would both be called {name!r}.")
+        matched = "names" if path in names else "equal names"
+        made[name] = Pair(layer, _made(name, layer, candidates[0]), candidates[0], matched)
+    return list(made.values())
+
+
+def _made(name: str, layer: Layer, moves: Sequence[Move]) -> Source:
+    """The torch layer, without its numbers."""
     arrays = {
         move.source: move.backward(np.zeros(layer.arrays[move.role].shape, _dtype(layer, move)))
-        for move in candidates[0]
+        for move in moves
     }
-    entries = {role: f"{name}.{role}".lstrip(".") for role in arrays}
-    matched = "names" if layer.path in names else "equal names"
-    return Pair(layer, Source(name, arrays, entries), candidates[0], matched)
+    return Source(name, arrays, {role: f"{name}.{role}".lstrip(".") for role in arrays})
 
 
 def _dtype(layer: Layer, move: Move) -> np.dtype:
