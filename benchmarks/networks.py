@@ -52,10 +52,11 @@ def flax_norm(
     activation: Callable[[jax.Array], jax.Array] | None = None,
     residual: jax.Array | None = None,
     use_fast_variance: bool = True,
+    inference: bool = False,
 ) -> jax.Array:
     """Flax's layer, and after it the residual and the activation."""
     layer = nn.BatchNorm(
-        use_running_average=False,
+        use_running_average=inference,
         momentum=0.9,
         dtype=x.dtype,
         use_fast_variance=use_fast_variance,
@@ -68,10 +69,11 @@ def jbn_norm(
     x: jax.Array,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     residual: jax.Array | None = None,
+    inference: bool = False,
 ) -> jax.Array:
     """jbn's layer, the residual and the activation fused."""
     layer = jbn.linen.BatchNorm(
-        use_running_average=False, momentum=0.9, dtype=x.dtype, activation=activation
+        use_running_average=inference, momentum=0.9, dtype=x.dtype, activation=activation
     )
     return layer(x, residual=residual)
 

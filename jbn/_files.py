@@ -1,5 +1,6 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and the packages that some need."""
 
+import importlib
 import os
 import pathlib
 import secrets
@@ -8,6 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 Path = str | os.PathLike[str]
+
+
+def require(name: str, extra: str) -> Any:
+    """The module, which comes with an extra of jbn."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is not installed: pip install 'jbn[{extra}]'.", name=name
+        ) from error
 
 
 def check_parent(path: Path) -> pathlib.Path:
@@ -21,14 +32,18 @@ def check_parent(path: Path) -> pathlib.Path:
     return path
 
 
+def check_suffix(path: pathlib.Path, suffixes: tuple[str, ...]) -> None:
+    """Checks that the name of a file says that it can be read."""
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path.name} must be a file {' or '.join(suffixes)}.")
+
+
 def write_whole(path: pathlib.Path, content: bytes | bytearray) -> None:
     """Writes a file, in place of an earlier one."""
 
     def write(partial: pathlib.Path) -> None:
         with partial.open("xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash may leave the new name without the content
 
     make_whole(path, write)
 
@@ -42,6 +57,9 @@ def make_whole(path: pathlib.Path, make: Callable[[pathlib.Path], Any]) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         make(partial)
+        if partial.is_file():
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # else a crash may leave the new name without the content
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ def save(
         [[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]]
     """
     path = _files.check_parent(path)
-    _require("flatbuffers", "export")
+    _files.require("flatbuffers", "export")
     platforms = _check_platforms(platforms)
     program = _check_function(fn)
     specs = _symbolic(args, batch_axis)
@@ -130,7 +130,7 @@ def load(path: Path) -> Callable[..., Any]:
         >>> print(jbn.export.load(path).__doc__)
         float32[batch,3] -> {y: float32[batch,3]}, for cpu.
     """
-    _require("flatbuffers", "export")
+    _files.require("flatbuffers", "export")
     with open(path, "rb") as file:
         content = bytearray(file.read())
     # flatbuffers checks nothing: what is wrong shows as whichever error comes first.
@@ -190,7 +190,7 @@ def save_tensorflow(
     path = _files.check_parent(path)
     if path.exists():
         raise FileExistsError(f"{path} exists: delete it first, or give another path.")
-    tf = _require("tensorflow", "tensorflow")
+    tf = _files.require("tensorflow", "tensorflow")
     program = _check_function(fn)
     specs = _symbolic(args, batch_axis)
     served = _trace(lambda: _tensorflow_function(tf, program, specs))
@@ -234,16 +234,6 @@ def _tensorflow_function(tf: Any, program: Callable[..., Any], specs: tuple[Any,
     served = tf.function(converted, autograph=False, input_signature=signature)
     served.get_concrete_function()
     return served
-
-
-def _require(name: str, extra: str) -> Any:
-    """The module, which comes with an extra of jbn."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not installed: pip install 'jbn[{extra}]'.", name=name
-        ) from error
 
 
 def _check_platforms(platforms: Any) -> tuple[str, ...]:

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.standard_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ("README.md", "docs/gradient_accumulation.md", "docs/distributed.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("distributed", "gradient_accumulation", "serving")),
+)
 FILES = [path for path in sorted((ROOT / "jbn").rglob("*.py")) if ">>> " in path.read_text()]
 
 
@@ -154,6 +157,24 @@ def test_figures_of_the_communication():
         "with 256 images, up to {2} and {3}."
     )
     assert told.format(*(limits[key] for key in order)) in " ".join(page.split())
+
+
+def test_figures_of_the_folding():
+    """They are those of the committed tables."""
+    rows = {
+        platform: {name: cells for name, *cells in _cells(text, "│")}
+        for platform in ("cuda", "tpu", "cpu")
+        for text in [(RESULTS / f"folding-{platform}.txt").read_text()]
+    }
+    page = (ROOT / "docs/serving.md").read_text()
+    shown = {name: cells for name, *cells in _cells(page, "|") if len(cells) == 3}
+    names = {"batch norm, Flax's layer": "flax", "batch norm, jbn's layer": "jbn"}
+    for title, layer in (names | {"folded": "jbn, folded"}).items():
+        cuda, tpu = (rows[platform][layer] for platform in ("cuda", "tpu"))
+        assert shown[title] == [cuda[1], cuda[3], tpu[1]], title
+    assert rows["cuda"]["jbn, folded"][:5] == rows["cuda"]["flax, folded"][:5]
+    before, after = (rows["cpu"][name][-1].split()[0] for name in ("jbn", "jbn, folded"))
+    assert f"took {after} ms instead of {before}" in " ".join(page.split())
 
 
 def test_readme_figures_of_the_speed():

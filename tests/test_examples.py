@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.export
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -34,6 +35,7 @@ def examples():
             questions=importlib.import_module("questions"),
             flax_linen=importlib.import_module("flax_linen"),
             flax_nnx=importlib.import_module("flax_nnx"),
+            serve=importlib.import_module("serve"),
         )
         yield modules
     for name in vars(modules):
@@ -208,6 +210,7 @@ def test_effects_name_the_best_rates(examples):
         ("questions", ["--epochs", "--seed"]),
         ("flax_linen", ["--epochs", "--checkpoint-dir"]),
         ("flax_nnx", ["--epochs", "--checkpoint-dir"]),
+        ("serve", ["--steps", "--momentum", "--seed", "--repeats", "--output"]),
     ],
 )
 def test_help(examples, name, flags, capsys):
@@ -373,3 +376,75 @@ def test_loop_folder_that_cannot_be(examples, name, tmp_path, monkeypatch, capsy
         assert "--checkpoint-dir must be a folder that can be created and written" in error
     assert list(tmp_path.iterdir()) == [taken]
     assert taken.read_text() == "a file"
+
+
+@pytest.fixture(scope="module")
+def serve_run(examples, tmp_path_factory):
+    """One run of serve.py: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("serve") / "new"
+    stdout = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(examples.serve.importlib.util, "find_spec", lambda name: None)
+        patch.setenv("COLUMNS", "120")
+        examples.serve.main(["--repeats", "3", "--output", str(folder)])
+    return SimpleNamespace(folder=folder, stdout=stdout.getvalue())
+
+
+STAGES = ["trained", "calibrated", "folded", "exported", "exported, folded"]
+
+
+def test_serve_stages(serve_run):
+    found = json.loads((serve_run.folder / "serve.json").read_text())["stages"]
+    assert list(found) == STAGES
+    trained, *later = (found[name]["accuracy"] for name in STAGES)
+    assert trained < 92 < 94 < min(later)
+    assert max(later) - min(later) < 0.3
+    assert [found[name]["apart"] < 1e-5 for name in STAGES[1:]] == [True] * 4
+    rows = {name: cells for name, *cells in table_rows(serve_run.stdout)}
+    for name in STAGES:
+        assert rows[name][0] == f"{found[name]['accuracy']:.1f}"
+        assert (rows[name][-1] != "") == name.startswith("exported")
+        assert min(found[name]["latencies"]) > 0
+    assert serve_run.stdout.startswith("BatchNorm_0  folded into Conv_0\n")
+    assert "no SavedModel (pip install 'jbn[tensorflow]')" in serve_run.stdout
+
+
+def test_serve_files(serve_run):
+    """They hold what a model with and without batch norm computes, for any batch size."""
+    names = sorted(path.name for path in serve_run.folder.iterdir())
+    assert names == ["calibrated.jax", "folded.jax", "serve.json"]
+    images = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    calibrated, folded = (
+        jax.export.deserialize(bytearray((serve_run.folder / name).read_bytes()))
+        for name in names[:2]
+    )
+    assert np.ptp(calibrated.call(images)) > 1
+    np.testing.assert_allclose(folded.call(images), calibrated.call(images), atol=1e-4)
+    assert "rsqrt" in calibrated.mlir_module()
+    assert "rsqrt" not in folded.mlir_module()
+
+
+def test_serve_tells_stages_that_differ(examples):
+    stages = {"calibrated": {"logits": np.ones((2, 3))}, "folded": {"logits": np.ones((2, 3))}}
+    assert examples.serve.check(stages) == {"calibrated": 0, "folded": 0}
+    stages["folded"]["logits"][1, 2] = 1.001
+    with pytest.raises(AssertionError, match="folded"):
+        examples.serve.check(stages)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "must be a whole number, 1 or more, not '0'"),
+        (["--momentum", "1.5"], "--momentum must be from 0 to 1, not 1.5"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, not -1"),
+        (["--output", "{file}"], "--output must be a folder that can be created and written"),
+    ],
+)
+def test_serve_bad_flags(examples, flags, message, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    flags = [flag.format(file=tmp_path / "file") for flag in flags]
+    with pytest.raises(SystemExit) as exit_info:
+        examples.serve.parse_args(flags)
+    assert exit_info.value.code == 2
+    assert message in unwrapped(capsys.readouterr().err)

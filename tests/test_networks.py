@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import networks, traffic
+from benchmarks import folding, networks, traffic
 
 pytestmark = pytest.mark.standard_jax
 
@@ -97,3 +97,23 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys):
         networks.main(["--platform", "tpu"])
     assert exit_info.value.code == 2
     assert "--platform tpu needs: pip install some-package==1.0" in capsys.readouterr().err
+
+
+def test_folding(monkeypatch):
+    """A small network: no batch norm is left, and less is moved."""
+    monkeypatch.setattr(folding, "IMAGES", (2, 16, 16, 3))
+    small = functools.partial(folding.network, stages=(1,), features=4)
+    monkeypatch.setattr(folding, "network", small)
+    rows = folding.measure("cpu", rounds=1)
+    assert list(rows) == ["flax", "flax, folded", "jbn", "jbn, folded"]
+    for name, row in rows.items():
+        folded = name.endswith("folded")
+        assert row["batch norms"] == (0 if folded else 5)
+        assert (row["rsqrt"] == 0) == folded
+        assert row["seconds"].shape == (3,)
+    for layer in ("flax", "jbn"):
+        before, after = rows[layer], rows[f"{layer}, folded"]
+        assert after["traffic"] < before["traffic"]
+        assert after["kernels"] < before["kernels"]
+    table = folding.table("cpu", rows)
+    assert [len(column._cells) for column in table.columns] == [4] * 7

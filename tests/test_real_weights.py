@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_image
 
+import jbn.linen
 from jbn import convert
 from tests.real_networks import CosmicRays, Emotions, fetch, keras_on_jax
 
@@ -23,6 +24,18 @@ def as_float64(variables):
 
 def apply(model, variables, x):
     return np.asarray(jax.jit(model.apply)(variables, x))
+
+
+def fold(model, variables, x, norms):
+    """The model without its batch norms, as a function of x in float32 or float64."""
+    functions = {}
+    for dtype, own in ((jnp.float32, variables), (jnp.float64, as_float64(variables))):
+        folded = jbn.linen.fold(model, own, x.astype(dtype))
+        assert [norm.into for norm in folded.report if norm.into is None] == []
+        assert len(folded.report) == norms
+        assert "batch_stats" not in folded.variables
+        functions[np.dtype(dtype)] = functools.partial(folded.apply_fn, folded.variables)
+    return lambda x: np.asarray(jax.jit(functions[x.dtype])(x))
 
 
 @functools.cache
@@ -81,6 +94,10 @@ def test_cosmic_rays_of_torch(name, features, torch, deepcr):
     y = apply(model, variables, x.astype(np.float32))
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
 
+    folded = fold(model, variables, x, 6)
+    np.testing.assert_allclose(folded(x), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(folded(np.float32(x)), expected, rtol=0, atol=1e-4)
+
     counts = {name for name in state_dict if name.endswith("num_batches_tracked")}
     assert report.left.keys() == counts
     assert len(report.used) + len(counts) == len(state_dict)
@@ -129,6 +146,11 @@ def test_emotions_of_keras(emotions, faces, tmp_path):
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
     y = apply(Emotions(), variables, faces)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+
+    folded = fold(Emotions(), variables, faces, 14)
+    unfolded = apply(Emotions(), as_float64(variables), np.float64(faces))
+    np.testing.assert_allclose(folded(np.float64(faces)), unfolded, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(folded(faces), expected, rtol=0, atol=1e-5)
 
     assert len(report.used) == len(original.weights)
     assert list(report.arguments.values()) == [{"epsilon": 1e-3, "momentum": 0.99}] * 14

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from jbn.convert import _files, _flax
+from jbn import _files
+from jbn.convert import _flax
 from jbn.convert._match import Source
 
 SUFFIXES = (".h5", ".hdf5", ".keras")
@@ -67,13 +68,14 @@ def write(
     path: str | os.PathLike[str], like: str | os.PathLike[str], entries: Mapping[str, np.ndarray]
 ) -> None:
     """Writes a copy of the file `like` in which the entries are replaced; whole or not at all."""
-    like, path = pathlib.Path(like), pathlib.Path(path)
-    with _files.written_whole(path) as temporary:
+    like, path = pathlib.Path(like), _files.check_parent(path)
+
+    def make(partial: pathlib.Path) -> None:
         if like.suffix != ".keras":
-            shutil.copyfile(like, temporary)
-            _replace(temporary, entries)
+            shutil.copyfile(like, partial)
+            _replace(partial, entries)
             return
-        with zipfile.ZipFile(like) as old, zipfile.ZipFile(temporary, "w") as new:
+        with zipfile.ZipFile(like) as old, zipfile.ZipFile(partial, "w") as new:
             for item in old.infolist():
                 content = old.read(item)
                 if item.filename == INNER:
@@ -82,9 +84,11 @@ def write(
                     content = buffer.getvalue()
                 new.writestr(item, content)
 
+    _files.make_whole(path, make)
+
 
 def _replace(file: Any, entries: Mapping[str, np.ndarray]) -> None:
-    with _files.optional("h5py").File(file, "r+") as h5:
+    with _files.require("h5py", "convert").File(file, "r+") as h5:
         for name, value in entries.items():
             h5[name][...] = value
 
@@ -93,7 +97,7 @@ def _replace(file: Any, entries: Mapping[str, np.ndarray]) -> None:
 def _opened(path: pathlib.Path) -> Iterator[tuple[Any, Any]]:
     """The HDF5 file, and the model's config if it is there."""
     _files.check_suffix(path, SUFFIXES)
-    h5py = _files.optional("h5py")
+    h5py = _files.require("h5py", "convert")
     with contextlib.ExitStack() as stack:
         try:
             if path.suffix == ".keras":

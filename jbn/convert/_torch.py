@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jbn import _axes
-from jbn.convert import _convert, _files, _flax, _match, _torch_layouts
+from jbn.convert import _convert, _flax, _match, _safetensors, _torch_layouts
 from jbn.convert._flax import Layer
 from jbn.convert._match import Move, Pair, Source
 from jbn.convert._report import Converted
@@ -185,14 +185,14 @@ def to_torch(
     weights, report = _convert.out_of_flax("torch", pairs, left, notes)
     weights = kept | weights
     if path is not None:
-        _files.write_safetensors(path, weights)
+        _safetensors.write(path, weights)
     return Converted(weights, report)
 
 
 def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> list[Source]:
     """The layers of a state_dict, in its order."""
     is_file = isinstance(state_dict, str | os.PathLike)
-    entries = _files.read_safetensors(state_dict) if is_file else state_dict
+    entries = _safetensors.read(state_dict) if is_file else state_dict
     if not isinstance(entries, Mapping):
         raise TypeError(
             "state_dict must map names to arrays, or be the path of a .safetensors file, got "

@@ -1,0 +1,44 @@
+"""Files of safetensors, and not of pickles."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from jbn import _files
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a file that needs no unpickling; refuses those that do."""
+    path = pathlib.Path(path)
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path.name} is a pickle, which can run any code when it is read, so jbn does not. "
+            "Where torch is installed, load it safely and pass the mapping, "
+            f'from_torch(torch.load("{path.name}", map_location="cpu", weights_only=True), ...), '
+            "or save it once with safetensors.torch.save_file and pass that file."
+        )
+    _files.check_suffix(path, (".safetensors",))
+    load_file = _files.require("safetensors.numpy", "convert").load_file
+    error_type = _files.require("safetensors", "convert").SafetensorError
+    try:
+        return load_file(path)
+    except (error_type, ValueError) as error:
+        raise ValueError(
+            f"{path.name} is no whole safetensors file ({error}): fetch or save it again."
+        ) from None
+
+
+def write(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> None:
+    """Writes the tensors, whole or not at all."""
+    path = _files.check_parent(path)
+    _files.check_suffix(path, (".safetensors",))
+    save_file = _files.require("safetensors.numpy", "convert").save_file
+    # The writer takes the bytes as they lie, transposed ones too.
+    contiguous = {name: np.asarray(value, order="C") for name, value in weights.items()}
+    save = functools.partial(save_file, contiguous, metadata={"format": "pt"})
+    _files.make_whole(path, save)
