@@ -159,6 +159,18 @@ def test_figures_of_the_communication():
     assert told.format(*(limits[key] for key in order)) in " ".join(page.split())
 
 
+def test_readme_figures_of_the_stages():
+    """They are those of the committed output."""
+    rows = _cells((ROOT / "examples/results/serve.txt").read_text(), "│")
+    expected = [
+        [name, f"{right} %", f"{one} us", f"{many} ms"] for name, right, _, one, many, _ in rows
+    ]
+    section = README.split("## From trained to served")[1].split("\n## ")[0]
+    _, _, *shown = _cells(section, "|")
+    assert len(shown) == 6
+    assert shown == expected
+
+
 def test_figures_of_the_folding():
     """They are those of the committed tables."""
     rows = {
