@@ -360,6 +360,17 @@ def shard_features(v: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
     return _shard(v, sharding.update(spec=spec))
 
 
+def shard_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Gives a mask [the rank of x] the sharding of `x`, where it is not broadcast."""
+    sharding = jax.typeof(x).sharding
+    return _shard(mask, sharding.update(spec=mask_spec(sharding.spec, x.shape, mask.shape)))
+
+
+def mask_spec(spec: Any, shape: Sequence[int], mask_shape: Sequence[int]) -> jax.P:
+    """How a mask is split: as `x`, where it is not broadcast."""
+    return jax.P(*(s if n == m else None for s, n, m in zip(spec, shape, mask_shape, strict=True)))
+
+
 def _shard(v: jax.Array, sharding: jax.NamedSharding) -> jax.Array:
     if sharding.mesh.empty or jax.typeof(v).sharding.spec == sharding.spec:
         return v

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jbn import _lowering
+from jbn import _axes, _lowering
 from jbn._axes import Axes, Batch, device_axes
 
 Arrays = TypeVar("Arrays", bound=Sequence[jax.Array])
@@ -166,8 +166,8 @@ def _by_type(local: Local, axes: Axes, x: jax.Array, mask: jax.Array | None) -> 
     batch = Batch((_names(axes.reduced, spec),))
     operands, specs = [x], [spec]
     if mask is not None:
-        specs.append(_mask_spec(spec, x.shape, mask.shape))
-        operands.append(jax.sharding.reshard(mask, NamedSharding(mesh, specs[1])))
+        specs.append(_axes.mask_spec(spec, x.shape, mask.shape))
+        operands.append(_axes.shard_mask(mask, x))
     return jax.shard_map(
         lambda x, mask=None: local(axes, batch, x, mask),
         mesh=mesh,
@@ -197,7 +197,7 @@ def _partition(local, axes, mesh, args, results):
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             return local(axes, batch, x, mask)
 
-    specs = (spec, None if mask is None else _mask_spec(spec, x.shape, mask.shape))
+    specs = (spec, None if mask is None else _axes.mask_spec(spec, x.shape, mask.shape))
     return (
         mesh,
         lower,
@@ -272,10 +272,3 @@ def _names(of: Sequence[int], spec: Any) -> tuple[Any, ...]:
 def _feature_spec(axes: Axes, spec: Any) -> PartitionSpec:
     """How the feature arrays are split."""
     return PartitionSpec(*(spec[i] for i in axes.feature))
-
-
-def _mask_spec(spec: Any, shape: Sequence[int], mask_shape: Sequence[int]) -> PartitionSpec:
-    """How the mask is split: as `x`, where it is not broadcast."""
-    return PartitionSpec(
-        *(s if n == m else None for s, n, m in zip(spec, shape, mask_shape, strict=True))
-    )

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 # Elements of x up to which a CPU runs the plain formulas.
 _SMALL = 1 << 16
@@ -52,7 +53,11 @@ def once(*features: Any) -> Any:
 
 
 def _stacked(*features: jax.Array) -> tuple[jax.Array, ...]:
-    if len({(f.dtype, jax.typeof(f).sharding) for f in features}) > 1:
+    shardings = {jax.typeof(f).sharding for f in features}
+    if len({f.dtype for f in features}) > 1 or len(shardings) > 1:
+        return features
+    # Under vmap, JAX does not stack what is mapped along a split Explicit axis with what is not.
+    if AxisType.Explicit in next(iter(shardings)).mesh.axis_types:
         return features
     (stack,) = apart(jnp.stack(features))  # which XLA writes to memory
     return tuple(stack)

@@ -173,6 +173,8 @@ def statistics(
     Only the local pass has a hand-written rule. The merge over devices is plain JAX on O(C)
     numbers, so JAX transposes its collective rightly under every kind of mapping.
     """
+    if mask is not None:
+        mask = _axes.shard_mask(mask, x)
     stats: Statistics = (
         _local_statistics(axes, x_carrier, x, mask)
         if custom_vjp

@@ -623,3 +623,33 @@ def test_keras_foreign_entries(keras_model, tmp_path):
         pass
     with pytest.raises(ValueError, match=r"holds no layer"):
         convert.from_keras(path, variables)
+
+
+def test_keras_2_models_within_models(tmp_path):
+    """Weights of several layers in one group, which is the inner model's."""
+    h5py = pytest.importorskip("h5py")
+    kernels = {"c1/kernel:0": draw(3, 4), "c2/kernel:0": draw(3, 4)}
+    with h5py.File(tmp_path / "model.h5", "w") as file:
+        file.attrs["layer_names"] = [b"part"]
+        group = file.create_group("part")
+        group.attrs["weight_names"] = [name.encode() for name in kernels]
+        for name, kernel in kernels.items():
+            group[name] = kernel
+    variables = {"params": {name: {"kernel": jnp.zeros((3, 4))} for name in ("a", "b")}}
+    names = {"a": "part/c2", "b": "part/c1"}
+    params = convert.from_keras(tmp_path / "model.h5", variables, names=names).weights["params"]
+    np.testing.assert_array_equal(params["a"]["kernel"], kernels["c2/kernel:0"])
+    np.testing.assert_array_equal(params["b"]["kernel"], kernels["c1/kernel:0"])
+
+
+def test_what_is_not_clear_is_refused():
+    """A square matrix that may be of Dense or Embed, and names equal to several."""
+    square = {"Dense_0": {"kernel": jnp.ones((4, 4))}, "Embed_0": {"embedding": jnp.ones((4, 4))}}
+    with pytest.raises(ValueError, match="fits layers of different kinds, Dense_0 and Embed_0"):
+        convert.from_torch({"w.weight": draw(4, 4)}, {"params": square})
+    with pytest.raises(ValueError, match="1 against 2"):
+        convert.from_torch({"v.weight": draw(4, 4), "w.weight": draw(4, 4)}, {"params": square})
+    variables = {"params": {name: {"kernel": jnp.ones((4, 4))} for name in ("a_b", "c")}}
+    state_dict = {"a.b.weight": draw(4, 4), "a_b.weight": draw(4, 4)}
+    report = convert.from_torch(state_dict, variables).report
+    assert {row.matched for row in report.used} == {"order"}

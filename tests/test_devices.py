@@ -225,6 +225,42 @@ def test_jax_differentiates_the_plain_definition(kind):
     close(program(args, custom_vjp=False), expected(True))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_an_ensemble_split_over_its_members(kind):
+    """The parameters are those of all members, which are mapped along a split axis."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 4, 8, 6))
+    scale, bias = rng.normal(size=(2, 6))
+
+    def loss(x, scale, bias, dy):
+        return jnp.sum(jax.vmap(lambda x: jbn.batch_norm(x, scale, bias)[0])(x) * dy)
+
+    f = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    mesh = mesh_of((4, 2), ("d", "s"), kind)
+    with jax.set_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, P("d", "s"))
+        actual = f(jax.device_put(x, sharding), scale, bias, jax.device_put(dy, sharding))
+    close(actual, f(x, scale, bias, dy))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_mask_split_apart(kind, weights):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 8, 4, 6))
+    mask = rng.random((8, 1, 1)) if weights else np.arange(8).reshape(8, 1, 1) < 5
+
+    def loss(x, mask, dy):
+        return jnp.sum(jbn.batch_norm(x, mask=mask)[0] * dy)
+
+    f = jax.jit(jax.value_and_grad(loss, (0, 1) if weights else 0))
+    mesh = mesh_of((4, 2), ("d", "s"), kind)
+    with jax.set_mesh(mesh):
+        split, apart = jax.NamedSharding(mesh, P("d")), jax.NamedSharding(mesh, P("s"))
+        actual = f(jax.device_put(x, split), jax.device_put(mask, apart), jax.device_put(dy, split))
+    close(actual, f(x, mask, dy))
+
+
 def test_a_mesh_of_both_kinds():
     kinds = (AxisType.Explicit, AxisType.Auto)
     mesh = jax.make_mesh((4, 2), ("d", "s"), axis_types=kinds)
