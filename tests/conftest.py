@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import contextlib
+import os
 
 import hypothesis
 import jax
@@ -13,6 +14,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("jbn", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("jbn")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: the tests of many processes mostly wait."""
+    on_linux = hasattr(os, "sched_getaffinity")
+    return 1 + (len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
