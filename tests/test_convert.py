@@ -226,7 +226,10 @@ def test_order_of_appearance():
         variables, report = convert.from_torch(state_dict, variables)
         y = Stack().apply(variables, x)
         np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
-        assert {row.matched for row in report.used} == {"order"}
+        assert {row.matched for row in report.used} == {"order", "shape"}
+        (told,) = (note for note in report.notes if "order alone" in note)
+        by_order = {row.flax.split("/")[0] for row in report.used if row.matched == "order"}
+        assert {name for name in by_order if f"{name} with layers." in told} == by_order
         assert "layers.10.weight" in str(report)
 
 

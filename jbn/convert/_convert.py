@@ -128,6 +128,14 @@ def _report(
         for pair in pairs
         for move in pair.moves
     )
+    by_order = [f"{p.layer.path} with {p.source.name}" for p in pairs if p.matched == "order"]
+    if by_order:
+        notes = (
+            *notes,
+            "Paired by their order alone, among others of the same kind and shape, which is wrong "
+            f"if they are defined and called in different orders: {', '.join(by_order)}. Check "
+            "them, or give names.",
+        )
     options = {p.layer.path: arguments(p) for p in pairs if p.layer.kind == "BatchNorm"}
     return Report(framework, used, left, options, tuple(notes))
 

@@ -218,7 +218,8 @@ def _by_order(layers: list[Layer], sources: list[Source], moves: Moves) -> list[
             # Not the first layer's moves: they may hold its path.
             fit = fitting(layer, by_name[name], moves)
             assert fit is not None
-            pairs.append(Pair(layer, by_name[name], fit, "order"))
+            matched = "order" if len(group) > 1 else "shape"
+            pairs.append(Pair(layer, by_name[name], fit, matched))
             if name in used:
                 raise ValueError(_twice(by_name[name], pairs))
             used.add(name)

@@ -15,7 +15,8 @@ class Row(NamedTuple):
         source: its name in the other framework, such as `"conv1.weight"`.
         flax: its name in Flax, such as `"Conv_0/kernel"`.
         layout: what was done to it, such as `"OIHW to HWIO"`; empty if nothing.
-        matched: by what the two belong together: `"names"`, `"equal names"` or `"order"`.
+        matched: by what the two belong together: `"names"`, `"equal names"`, `"shape"` where there
+            is one layer of that kind and shape, or `"order"` where there are several.
     """
 
     source: str

@@ -38,12 +38,13 @@ def from_torch(
 ) -> Converted:
     """Loads torch's weights into the variables of a Flax model.
 
-    Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`), and
-    the others by their order of appearance among layers of the same kind and shape; the report
-    says which. The order is that of the state_dict, which is that of the definition, and that of
-    `model.init`; of variables sorted by name, as `jax.jit`, `jax.eval_shape` and NNX sort them, it
-    is Conv_0, ..., Conv_9, Conv_10. Where two layers of one shape are used in another order than
-    they are defined in, give `names`.
+    Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`),
+    and the others by their order of appearance among layers of the same kind and shape; the
+    report says which, and names those that only their order tells apart. The order is that of
+    the state_dict, which is that of the definition, and that of `model.init`; of variables
+    sorted by name, as `jax.jit`, `jax.eval_shape` and NNX sort them, it is Conv_0, ..., Conv_9,
+    Conv_10. Where two layers of one shape are used in another order than they are defined in,
+    give `names`.
 
     Layouts, for any number of spatial axes:
 
