@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -652,7 +653,87 @@ def test_what_is_not_clear_is_refused():
         convert.from_torch({"w.weight": draw(4, 4)}, {"params": square})
     with pytest.raises(ValueError, match="1 against 2"):
         convert.from_torch({"v.weight": draw(4, 4), "w.weight": draw(4, 4)}, {"params": square})
-    variables = {"params": {name: {"kernel": jnp.ones((4, 4))} for name in ("a_b", "c")}}
-    state_dict = {"a.b.weight": draw(4, 4), "a_b.weight": draw(4, 4)}
+    variables = {"params": {name: {"kernel": jnp.ones((4, 4))} for name in ("c", "a_b")}}
+    state_dict = {"a_b.weight": draw(4, 4), "a.b.weight": draw(4, 4)}
     report = convert.from_torch(state_dict, variables).report
     assert {row.matched for row in report.used} == {"order"}
+
+
+def dense_params(*names):
+    """Layers of one kind and shape, in this order and as `init` does, the kernel first."""
+    return {"params": {n: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for n in names}}
+
+
+def torch_linears(*names):
+    shapes = {"weight": (2, 2), "bias": (2,)}
+    return {f"{n}.{role}": draw(*shape) for n in names for role, shape in shapes.items()}
+
+
+def test_names_that_are_equal_by_accident():
+    """torch counts the activations of a Sequential too: its layers are 0, 2 and 4."""
+    variables = dense_params("layers_0", "layers_1", "layers_2")
+    state_dict = torch_linears("layers.0", "layers.2", "layers.4")
+    with pytest.raises(
+        ValueError, match=r"layers_2 and layers.2 have equal names, but by the order"
+    ):
+        convert.from_torch(state_dict, variables)
+    names = {"layers_1": "layers.2", "layers_2": "layers.4"}
+    weights = convert.from_torch(state_dict, variables, names=names).weights["params"]
+    np.testing.assert_array_equal(weights["layers_1"]["bias"], state_dict["layers.2.bias"])
+    # Where the order confirms the equal names it serves the others too.
+    agreeing = torch_linears("layers.0", "layers.1", "last")
+    weights = convert.from_torch(agreeing, variables).weights["params"]
+    np.testing.assert_array_equal(weights["layers_2"]["bias"], agreeing["last.bias"])
+
+
+def test_an_order_that_sorting_hides(tmp_path):
+    """Of names that more than numbers tell apart; equal names need no order."""
+    made, state_dict = dense_params("stem", "down", "mid"), torch_linears("a", "c", "b")
+    weights = convert.from_torch(state_dict, made).weights["params"]
+    np.testing.assert_array_equal(weights["mid"]["bias"], state_dict["b.bias"])
+    by_name = jax.tree.map(lambda v: v, made)  # which sorts
+    with pytest.raises(ValueError, match=r"order of down, mid, stem.* what a Linen model's init"):
+        convert.from_torch(state_dict, by_name)
+    named = torch_linears("stem", "down", "mid")
+    weights = convert.from_torch(named, by_name).weights["params"]
+    np.testing.assert_array_equal(weights["down"]["bias"], named["down.bias"])
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file(state_dict, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"order of a, b, c.* the source is sorted by name"):
+        convert.from_torch(tmp_path / "model.safetensors", made)
+
+
+def test_numbers_say_the_order_of_sorted_names():
+    """Also of a mapping, in which 10 came before 2."""
+    names = [f"layers.{i}" for i in range(12)]
+    state_dict = torch_linears(*names)
+    variables = dense_params(*(f"Dense_{i}" for i in range(12)))
+    by_name = dict(sorted(state_dict.items()))
+    weights = convert.from_torch(by_name, variables).weights["params"]
+    for i, name in enumerate(names):
+        np.testing.assert_array_equal(weights[f"Dense_{i}"]["bias"], state_dict[f"{name}.bias"])
+
+
+@pytest.mark.parametrize("option", ["names", "transpose_kernel"])
+def test_options_that_are_no_mappings(option):
+    with pytest.raises(TypeError, match=f"{option} must map paths of Flax layers, got"):
+        convert.from_torch({}, dense_params("a"), **{option: ["a"]})
+
+
+def test_keras_h5_of_a_sequential_model(tmp_path):
+    """Its weights are scoped by the model's name, which is none of the layer's."""
+    with keras_on_jax() as keras:
+        layers = keras.layers
+        norm = layers.BatchNormalization(epsilon=0.5, momentum=0.7, name="stem")
+        model = keras.Sequential([keras.Input((3,)), norm, layers.Dense(2, name="head")])
+        with warnings.catch_warnings(action="ignore"):
+            model.save(tmp_path / "model.h5")
+    norm = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
+    variables = {
+        "params": {"stem": norm, "head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}},
+        "batch_stats": {"stem": {"mean": jnp.ones(3), "var": jnp.ones(3)}},
+    }
+    report = convert.from_keras(tmp_path / "model.h5", variables).report
+    assert {row.matched for row in report.used} == {"equal names"}
+    assert report.arguments == {"stem": {"epsilon": 0.5, "momentum": 0.7}}
+    assert not report.notes

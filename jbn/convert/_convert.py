@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbn import _axes
 from jbn.convert import _flax, _match
 from jbn.convert._flax import Layer
 from jbn.convert._match import Moves, Pair, Source
@@ -20,16 +21,28 @@ def pair_layers(
     sources: Iterable[Source],
     moves: Moves,
     *,
+    is_sorted: bool,
     names: Mapping[str, str] | None,
     leave: Sequence[str],
     transpose_kernel: Mapping[str, bool] | None,
 ) -> tuple[list[Pair], dict[str, str]]:
-    """The layers that belong together, and what is left of either side, by reason."""
+    """The layers that belong together, and what is left of either side, by reason.
+
+    `is_sorted` says whether the sources are in the order of their names.
+    """
+    for name, value in (("names", names), ("transpose_kernel", transpose_kernel)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} must map paths of Flax layers, got {_axes.describe(value)}.")
     layers = _flax.read_layers(variables, transpose_kernel or {})
     by_name = {source.name: source for source in sources}
     left = dict.fromkeys(_flax.other_entries(variables), NOT_FLOATING)
     left |= _match.split_left(leave, layers, by_name)
-    pairs = _match.match(layers, by_name, moves, names or {})
+    sides = [
+        side
+        for side, known in ((_match.FLAX, _flax.is_sorted(variables)), (_match.SOURCE, is_sorted))
+        if known
+    ]
+    pairs = _match.match(layers, by_name, moves, names or {}, sides)
     for pair in pairs:
         used = {move.source for move in pair.moves}
         left |= {

@@ -76,6 +76,17 @@ def read_layers(variables: Any, transpose_kernel: Mapping[str, bool]) -> dict[st
     }
 
 
+def is_sorted(variables: Any) -> bool:
+    """Whether all names are in alphabetical order, in which JAX and NNX put them.
+
+    A model's `init` gives the order in which it makes them: kernel, then bias.
+    """
+    if not isinstance(variables, Mapping):
+        return True
+    names = [str(name) for name in variables if name not in COLLECTIONS]
+    return names == sorted(names) and all(map(is_sorted, variables.values()))
+
+
 def other_entries(variables: Any) -> list[str]:
     """Names of what is not a floating point parameter or statistic, such as the state of rngs."""
     return [

@@ -100,9 +100,15 @@ def from_keras(
         [('layers/dense/vars/0', 'kernel'), ('layers/dense/vars/1', 'bias')]
         >>> folder.cleanup()
     """
-    sources, left = _keras_files.read(path)
+    sources, is_sorted, left = _keras_files.read(path)
     pairs, more = _convert.pair_layers(
-        variables, sources, _moves, names=names, leave=leave, transpose_kernel=transpose_kernel
+        variables,
+        sources,
+        _moves,
+        is_sorted=is_sorted,
+        names=names,
+        leave=leave,
+        transpose_kernel=transpose_kernel,
     )
     notes = []
     if not all(pair.source.config for pair in pairs if pair.layer.kind == "BatchNorm"):
@@ -159,9 +165,15 @@ def to_keras(
         raise ValueError(
             f"{pathlib.Path(path).name} must be a file {suffix}, the kind that like is."
         )
-    sources, left = _keras_files.read(like)
+    sources, is_sorted, left = _keras_files.read(like)
     pairs, more = _convert.pair_layers(
-        variables, sources, _moves, names=names, leave=leave, transpose_kernel=transpose_kernel
+        variables,
+        sources,
+        _moves,
+        is_sorted=is_sorted,
+        names=names,
+        leave=leave,
+        transpose_kernel=transpose_kernel,
     )
     converted = _convert.out_of_flax("Keras", pairs, left | more, [])
     _keras_files.write(path, like, converted.weights)

@@ -40,14 +40,22 @@ CLASSES = {
 Entries = dict[str, np.ndarray]
 
 
-def read(path: str | os.PathLike[str]) -> tuple[list[Source], dict[str, str]]:
-    """The layers of a file in the model's order, and the entries that are no layer's."""
+def read(path: str | os.PathLike[str]) -> tuple[list[Source], bool, dict[str, str]]:
+    """The layers of a file, and the entries that are no layer's.
+
+    The layers are in the model's order, or if True comes with them in that of their names.
+    """
     path = pathlib.Path(path)
+    entries: Entries = {}
     with _opened(path) as (file, config):
-        entries: Entries = {}
-        file.visititems(lambda name, item: _collect(entries, name, item))
-        numbered = not _strings(_weights(file), "layer_names")
-        sources = (_read_numbered if numbered else _read_named)(file, entries, _classes(config))
+        try:
+            file.visititems(lambda name, item: _collect(entries, name, item))
+            numbered = not _strings(_weights(file), "layer_names")
+        except (OSError, RuntimeError, TypeError, KeyError) as error:
+            raise _damaged(path, error) from None
+        classes = _classes(config)
+        sources = (_read_numbered if numbered else _read_named)(file, entries, classes)
+    is_sorted = numbered and not all(source.name in classes for source in sources)
     known = {entry for source in sources for entry in source.entries.values()}
     rest = [entry for entry in entries if entry not in known]
     for entry in rest:
@@ -61,7 +69,11 @@ def read(path: str | os.PathLike[str]) -> tuple[list[Source], dict[str, str]]:
             f"{path.name} holds no layer with weights: pass what model.save('model.keras') or "
             "model.save_weights('model.weights.h5') writes."
         )
-    return [part for source in sources for part in _split(source)], left
+    return [part for source in sources for part in _split(source)], is_sorted, left
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
+    return ValueError(f"{path.name} is no whole file of Keras ({error}): fetch or save it again.")
 
 
 def write(
@@ -110,9 +122,7 @@ def _opened(path: pathlib.Path) -> Iterator[tuple[Any, Any]]:
         except FileNotFoundError:
             raise
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path.name} is no whole file of Keras ({error}): fetch or save it again."
-            ) from None
+            raise _damaged(path, error) from None
         yield file, config
 
 
@@ -166,6 +176,8 @@ def _read_named(file: Any, entries: Entries, classes: Mapping[str, Any]) -> list
             # Weights of several scopes in one group are those of a model within the model.
             within = [scope, *inner] if len(scopes) > 1 else inner
             name = "/".join([layer, *within])
+            if name not in classes and inner[:1] == [layer]:  # the scope is the whole model's name
+                name = "/".join([layer, *inner[1:]])
             kind, config = _kind(classes.get(name, ("", {})))
             source = sources.setdefault(name, Source(name, {}, {}, kind, config))
             _add(source, role.partition(":")[0], entry, entries[entry])

@@ -1,8 +1,9 @@
 """Which layer of the other framework belongs to which of Flax, and which array to which."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,7 @@ class Pair(NamedTuple):
 
 Moves = Callable[[Layer, Source], Iterable[Sequence[Move]]]
 OPTIONAL = ("num_batches_tracked",)
+FLAX, SOURCE = "Flax", "source"
 
 
 def fitting(layer: Layer, source: Source, moves: Moves) -> Sequence[Move] | None:
@@ -91,8 +93,17 @@ def match(
     sources: Mapping[str, Source],
     moves: Moves,
     names: Mapping[str, str],
+    sorted_sides: Collection[str],
 ) -> list[Pair]:
-    """Pairs all layers: as `names` says, then by equal names, then by order of appearance."""
+    """Pairs all layers: as `names` says, then by equal names, then by order of appearance.
+
+    Args:
+        layers: of Flax, by path.
+        sources: by name.
+        moves: how a layer can be converted.
+        names: from the path of a layer to the name of its source.
+        sorted_sides: those of `FLAX` and `SOURCE` whose order is that of their names.
+    """
     pairs = []
     for matched, table in (("names", names), ("equal names", _equal_names(layers, sources, names))):
         for path, name in table.items():
@@ -110,11 +121,32 @@ def match(
         paths = [pair.layer.path for pair in pairs if pair.source.name == twice]
         raise ValueError(f"names give {twice!r} to several Flax layers: {', '.join(paths)}.")
     done = {pair.layer.path for pair in pairs}
-    return pairs + _by_order(
-        [layer for path, layer in layers.items() if path not in done],
+    rest = [layer for path, layer in layers.items() if path not in done]
+    # Equal names may be so by accident, as layers.2 of torch and layers_2 of Flax, where torch
+    # counts activations too. Among layers that are not all so named, the order must confirm them.
+    doubtful = {_alike(layer) for layer in rest}
+    unsure = [p for p in pairs if p.matched == "equal names" and _alike(p.layer) in doubtful]
+    if unsure:
+        kept = [pair for pair in pairs if pair not in unsure]
+        taken = [pair.source.name for pair in kept]
+        done = {pair.layer.path for pair in kept}
+        rest = [layer for path, layer in layers.items() if path not in done]
+        pairs = kept
+    by_order = _by_order(
+        rest,
         [source for name, source in sources.items() if name not in taken],
         moves,
+        sorted_sides,
     )
+    ordered = {pair.layer.path: pair.source.name for pair in by_order}
+    for pair in unsure:
+        if ordered[pair.layer.path] != pair.source.name:
+            raise ValueError(
+                f"{pair.layer.path} and {pair.source.name} have equal names, but by the order of "
+                f"the layers of that kind and shape it is {ordered[pair.layer.path]}, and not all "
+                "of these have equal names: pair them in names."
+            )
+    return pairs + by_order
 
 
 def cast(value: np.ndarray, dtype: Any, name: str) -> tuple[np.ndarray, str]:
@@ -202,18 +234,28 @@ def _by_plain_name(names: Iterable[str]) -> dict[str, list[str]]:
     return table
 
 
-def _by_order(layers: list[Layer], sources: list[Source], moves: Moves) -> list[Pair]:
+def _alike(layer: Layer) -> tuple[Any, ...]:
+    """The kind and the shapes, by which layers are told apart."""
+    shapes = sorted((role, tuple(value.shape)) for role, value in layer.arrays.items())
+    return layer.kind, layer.transpose_kernel, tuple(shapes)
+
+
+def _by_order(
+    layers: list[Layer], sources: list[Source], moves: Moves, sorted_sides: Collection[str]
+) -> list[Pair]:
     """Pairs layers of one kind and shape in their order, if there are as many on both sides."""
     groups: dict[Any, list[Layer]] = {}
     for layer in layers:
-        shapes = tuple(sorted((role, value.shape) for role, value in layer.arrays.items()))
-        groups.setdefault((layer.kind, layer.transpose_kernel, shapes), []).append(layer)
+        groups.setdefault(_alike(layer), []).append(layer)
     pairs, used = [], set()
     for group in groups.values():
         fits = {s.name: fit for s in sources if (fit := fitting(group[0], s, moves)) is not None}
         if len(fits) != len(group):
             raise ValueError(_miscount(group, list(fits), sources))
         by_name = {source.name: source for source in sources}
+        for side, members in ((FLAX, [layer.path for layer in group]), (SOURCE, list(fits))):
+            if side in sorted_sides and not _are_numbered(members):
+                raise ValueError(_out_of_order(side, members))
         for layer, name in zip(group, fits, strict=True):
             # Not the first layer's moves: they may hold its path.
             fit = fitting(layer, by_name[name], moves)
@@ -230,6 +272,27 @@ def _by_order(layers: list[Layer], sources: list[Source], moves: Moves) -> list[
             "add the layers to the model, or name what shall not be converted in leave."
         )
     return pairs
+
+
+def _are_numbered(names: Sequence[str]) -> bool:
+    """Whether numbers alone tell the names apart, so that they say the order."""
+    for name, other in itertools.pairwise(names):
+        parts = zip(re.split("[./]", name), re.split("[./]", other), strict=False)
+        first, second = next(((a, b) for a, b in parts if a != b), ("", ""))
+        if re.sub(r"_?\d+$", "", first) != re.sub(r"_?\d+$", "", second):
+            return False
+    return True
+
+
+def _out_of_order(side: str, names: Sequence[str]) -> str:
+    """The message for layers of one kind and shape whose order is lost."""
+    why = {
+        FLAX: "the variables are sorted by name, as jax.eval_shape, jax.jit and NNX sort them: "
+        "pass what a Linen model's init returns, or pair them in names",
+        SOURCE: "the source is sorted by name, as safetensors and some files of Keras are: pair "
+        "them in names",
+    }[side]
+    return f"the order of {', '.join(names)}, of one kind and shape, is not known, as {why}."
 
 
 def _twice(source: Source, pairs: list[Pair]) -> str:

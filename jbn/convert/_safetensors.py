@@ -1,6 +1,5 @@
 """Files of safetensors, and not of pickles."""
 
-import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -27,7 +26,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     error_type = _files.require("safetensors", "convert").SafetensorError
     try:
         return load_file(path)
-    except (error_type, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except (error_type, OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path.name} is no whole safetensors file ({error}): fetch or save it again."
         ) from None
@@ -37,8 +38,7 @@ def write(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> No
     """Writes the tensors, whole or not at all."""
     path = _files.check_parent(path)
     _files.check_suffix(path, (".safetensors",))
-    save_file = _files.require("safetensors.numpy", "convert").save_file
+    save = _files.require("safetensors.numpy", "convert").save
     # The writer takes the bytes as they lie, transposed ones too.
     contiguous = {name: np.asarray(value, order="C") for name, value in weights.items()}
-    save = functools.partial(save_file, contiguous, metadata={"format": "pt"})
-    _files.make_whole(path, save)
+    _files.write_whole(path, save(contiguous, metadata={"format": "pt"}))

@@ -41,10 +41,10 @@ def from_torch(
     Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`),
     and the others by their order of appearance among layers of the same kind and shape; the
     report says which, and names those that only their order tells apart. The order is that of
-    the state_dict, which is that of the definition, and that of `model.init`; of variables
-    sorted by name, as `jax.jit`, `jax.eval_shape` and NNX sort them, it is Conv_0, ..., Conv_9,
-    Conv_10. Where two layers of one shape are used in another order than they are defined in,
-    give `names`.
+    the state_dict, which is that of the definition, and that of `model.init`. Names that are
+    sorted, as `jax.jit`, `jax.eval_shape`, NNX and safetensors sort them, say it only where
+    numbers tell them apart, Conv_0, ..., Conv_9, Conv_10; others must be given in `names`. So
+    must layers of one shape that are used in another order than they are defined in.
 
     Layouts, for any number of spatial axes:
 
@@ -114,10 +114,12 @@ def from_torch(
         )
     else:
         options["momentum"] = 1 - _axes.check_momentum(momentum)
+    sources, is_sorted = _read(state_dict)
     pairs, left = _convert.pair_layers(
         variables,
-        _read(state_dict),
+        sources,
         functools.partial(_torch_layouts.moves, _check_flattened(flattened, variables)),
+        is_sorted=is_sorted,
         names=names,
         leave=leave,
         transpose_kernel=transpose_kernel,
@@ -177,10 +179,16 @@ def to_torch(
         left |= _match.split_left(leave, layers, {})
         pairs = _renamed(layers, moves, names or {})
     else:
-        sources = _read(like)
+        sources, is_sorted = _read(like)
         kept = {s.entries[role]: v for s in sources for role, v in s.arrays.items()}
         pairs, left = _convert.pair_layers(
-            variables, sources, moves, names=names, leave=leave, transpose_kernel=transpose_kernel
+            variables,
+            sources,
+            moves,
+            is_sorted=is_sorted,
+            names=names,
+            leave=leave,
+            transpose_kernel=transpose_kernel,
         )
     notes = [VARIANCE_OUT] if _convert.batch_norms(pairs) else []
     weights, report = _convert.out_of_flax("torch", pairs, left, notes)
@@ -190,8 +198,8 @@ def to_torch(
     return Converted(weights, report)
 
 
-def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> list[Source]:
-    """The layers of a state_dict, in its order."""
+def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[list[Source], bool]:
+    """The layers of a state_dict, in its order, and whether that is the order of their names."""
     is_file = isinstance(state_dict, str | os.PathLike)
     entries = _safetensors.read(state_dict) if is_file else state_dict
     if not isinstance(entries, Mapping):
@@ -205,9 +213,10 @@ def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> list[Source
         source = sources.setdefault(name, Source(name, {}, {}))
         source.arrays[role] = _match.as_array(str(entry), value)
         source.entries[role] = str(entry)
-    # A safetensors file is sorted by dtype and name.
-    order = sorted(sources, key=_flax.natural) if is_file else list(sources)
-    return [sources[name] for name in order]
+    # A safetensors file is sorted by dtype and name; torch puts a weight before its bias.
+    is_sorted = is_file or list(entries) == sorted(entries)
+    order = sorted(sources, key=_flax.natural) if is_sorted else list(sources)
+    return [sources[name] for name in order], is_sorted
 
 
 def _renamed(
