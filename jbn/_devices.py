@@ -7,7 +7,7 @@ hold the parts of a sharded array under `jax.jit`.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -219,27 +219,39 @@ def _split(x: jax.ShapeDtypeStruct) -> tuple[Mesh, PartitionSpec]:
     """
     sharding: Any = x.sharding
     devices = np.array(sharding._device_assignment)
-    sizes = _primes(devices.size)
-    names = [f"d{i}" for i in range(len(sizes))]
-    strides = {math.prod(sizes[i + 1 :]): i for i in range(len(sizes))}
-    spec: list[Any] = [None] * x.ndim
     hlo = sharding._to_xla_hlo_sharding(x.ndim)
+    tiles = np.zeros((1,) * x.ndim, int)
     if hlo.is_tiled():
         tiles = np.reshape(hlo.tile_assignment_devices(), hlo.tile_assignment_dimensions())
-        for i, n in enumerate(x.shape):
-            along, found, step = np.moveaxis(tiles, i, 0).reshape(tiles.shape[i], -1)[:, 0], [], 1
-            while step < len(along) and (k := strides.get(along[step] - along[0])) is not None:
-                found.insert(0, names[k])
-                step *= sizes[k]
-            if step == len(along) and n % step == 0:
-                spec[i] = tuple(found) or None
+    whole = tiles.shape[: x.ndim].count(1)
+    tried = []
+    for sizes in _factorings(devices.size):  # 3 x 2 devices are not 2 x 3
+        spec = [_explained(tiles, i, n, sizes) for i, n in enumerate(x.shape)]
+        tried.append((sizes, spec))
+        if spec.count(None) == whole:
+            break
+    sizes, spec = min(tried, key=lambda found: found[1].count(None))
+    names = [f"d{i}" for i in range(len(sizes))]
     return Mesh(devices.reshape(sizes), names), PartitionSpec(*spec)
 
 
-def _primes(n: int) -> list[int]:
-    """The prime factors of n."""
-    factor = next((k for k in range(2, n) if n % k == 0), n)
-    return [] if n == 1 else [factor, *_primes(n // factor)]
+def _explained(tiles: Any, axis: int, n: int, sizes: Sequence[int]) -> tuple[str, ...] | None:
+    """The axes of a mesh of these sizes by which an axis of n elements is split evenly."""
+    along, found, step = np.moveaxis(tiles, axis, 0).reshape(tiles.shape[axis], -1)[:, 0], [], 1
+    strides = {math.prod(sizes[i + 1 :]): i for i in range(len(sizes))}
+    while step < len(along) and (k := strides.get(along[step] - along[0])) is not None:
+        found.insert(0, f"d{k}")
+        step *= sizes[k]
+    return tuple(found) or None if step == len(along) and n % step == 0 else None
+
+
+def _factorings(n: int) -> Iterator[list[int]]:
+    """The prime factors of n in every order."""
+    if n == 1:
+        yield []
+    for k in range(2, n + 1):
+        if n % k == 0 and all(k % i for i in range(2, k)):
+            yield from ([k, *rest] for rest in _factorings(n // k))
 
 
 def _sharding_rule(local, axes, mesh, args, results):

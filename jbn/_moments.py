@@ -214,7 +214,7 @@ def _local_statistics_plain(axes: Axes, x: jax.Array, mask: jax.Array | None) ->
         exact = np.dtype(np.int32)  # float32 stops counting at 2^24
         if mask.dtype != jnp.bool_:
             exact, mask = real, _of_weight(mask, mask.astype(real))
-        mask = jnp.broadcast_to(mask, x.shape)
+        mask = _axes.shard_like(jnp.broadcast_to(mask, x.shape), x)
         count = jnp.sum(mask, axes.reduced, dtype=exact).astype(real)
     if n == 0:
         zeros = jnp.zeros(shape, _axes.compute_dtype(x.dtype))

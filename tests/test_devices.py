@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jbn
+from benchmarks import hlo
 from tests import cases, oracle
 
 P = PartitionSpec
@@ -241,6 +242,38 @@ def test_an_ensemble_split_over_its_members(kind):
         sharding = jax.NamedSharding(mesh, P("d", "s"))
         actual = f(jax.device_put(x, sharding), scale, bias, jax.device_put(dy, sharding))
     close(actual, f(x, scale, bias, dy))
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("spec", [P("a"), P("b"), P("b", "a"), P("a", None, None, "b")], ids=str)
+def test_meshes_that_are_no_powers_of_two(sizes, spec):
+    """However the devices are laid out, O(C) numbers are exchanged, and not x."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 6, 6, 2, 6))
+    sharding = jax.NamedSharding(mesh_of(sizes, ("a", "b")), spec)
+    f = jax.jit(jax.value_and_grad(lambda x, dy: jnp.sum(jbn.batch_norm(x)[0] * dy)))
+    compiled = f.lower(*jax.device_put((x, dy), sharding)).compile()
+    found = hlo.collectives(compiled)
+    assert {c.op for c in found} == {"all-gather", "all-reduce"}
+    assert max(c.numbers for c in found) <= 3 * x.shape[-1]
+    close(compiled(*jax.device_put((x, dy), sharding)), f(x, dy))
+
+
+def test_second_derivative_in_weights_shared_by_split_features():
+    x = np.random.default_rng(0).normal(size=(8, 2, 4))
+    weights = np.random.default_rng(1).random((8, 2, 1))
+
+    def loss(x, weights):
+        y, moments = jbn.batch_norm(x, mask=weights)
+        return jnp.sum(y**3) + jnp.sum(moments.count * moments.mean)
+
+    def squares(x, weights):
+        return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, weights))
+
+    f = jax.jit(jax.grad(squares, (0, 1)))
+    mesh = mesh_of((4, 2), ("d", "s"), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        actual = f(*jax.device_put((x, weights), (P("d", None, "s"), P("d"))))
+    close(actual, f(x, weights))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
