@@ -315,21 +315,22 @@ def _normalize(
     width = _axes.real_dtype(spec.computed)
     if args.residual is not None:
         args = args._replace(residual=_axes.shard_like(args.residual, args.x))
-    scale, bias = args.features.get("scale"), args.features.get("bias")
-    factor = rstd.astype(width)
-    if scale is not None:  # where rstd is 0 for overflow, the sum of dz (x - mean) may be infinite
-        scale = scale.astype(_axes.compute_dtype(width, scale.dtype))
-        factor = times(factor, jnp.where(factor == 0, 0, scale))
 
-    def feature(v: jax.Array | None, dtype: np.dtype) -> jax.Array | None:
+    def feature(v: Any, dtype: np.dtype) -> Any:
         return None if v is None else _axes.shard_features(v.astype(dtype), args.x, spec.axes)
+
+    scale, bias = args.features.get("scale"), args.features.get("bias")
+    factor = feature(rstd, width)
+    if scale is not None:  # where rstd is 0 for overflow, the sum of dz (x - mean) may be infinite
+        scale = feature(scale, _axes.compute_dtype(width, scale.dtype))
+        factor = times(factor, jnp.where(factor == 0, 0, scale))
 
     operands = _Operands(
         x=args.x,
         residual=args.residual,
         shift=feature(shift, spec.centred),
         offset=feature(offset, spec.centred),
-        factor=feature(factor, factor.dtype),
+        factor=factor,
         bias=feature(bias, spec.computed),
     )
     carriers = _Carriers(

@@ -14,6 +14,8 @@ from jbn import _axes
 from jbn._complex import times
 from jbn._graph import Call, Layer, Norm, Path
 
+TRAINING = "it runs in training mode"
+
 
 def fold_batch_norm(
     kernel: jax.Array | np.ndarray,
@@ -54,7 +56,7 @@ def fold_batch_norm(
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an axis is out of range or repeated, a shape is not [C], epsilon is
-            negative, or a variance is negative or NaN.
+            negative, a mean is not finite, or a variance is negative or NaN.
 
     Example:
         >>> import jax.numpy as jnp, jbn
@@ -71,6 +73,7 @@ def fold_batch_norm(
         for name, value in given.items()
         if value is not None or name in ("mean", "var")
     }
+    check_mean("mean", features["mean"])
     check_var("var", features["var"])
     return _fold(kernel, features, _axes.check_epsilon(epsilon), axes)
 
@@ -97,6 +100,19 @@ def _check_features(name: str, value: Any, kernel: jax.Array, axes: tuple[int, .
     if name == "var" and jnp.iscomplexobj(value):
         raise TypeError(f"var must be real, got {_axes.describe(value)}: var is E|x - mean|^2.")
     return value
+
+
+def check_mean(name: str, mean: jax.Array) -> None:
+    """Checks that a running mean, where its values are known, is finite."""
+    if _axes.is_traced(mean):
+        return
+    bad = ~np.isfinite(np.asarray(mean))
+    if bad.any():
+        raise ValueError(
+            f"{name} must be finite, but is not at feature {np.argwhere(bad)[0].tolist()} "
+            f"({bad.sum()} of {bad.size} are so): look at the training run or the checkpoint that "
+            "it comes from."
+        )
 
 
 def check_var(name: str, var: jax.Array) -> None:
@@ -189,6 +205,7 @@ def fold_variables(norm: Norm, arrays: Mapping[Path, Any]) -> dict[str, jax.Arra
     assert kernel_axes is not None
     own = {name: jnp.asarray(arrays[v.path]) for name, v in layer.variables.items()}
     given = {name: jnp.asarray(arrays[v.path]) for name, v in feeder.variables.items()}
+    check_mean(f"the running mean of {layer.name}", own["mean"])
     check_var(f"the running var of {layer.name}", own["var"])
     name = next(iter(feeder.variables))
     kernel, stacked = given.pop(name), feeder.variables[name].stacked
@@ -232,7 +249,7 @@ def linear_call(
 def norm_call(layer: Any, path: Path, x: Any, uses_running_average: bool) -> Call:
     """A call of a batch norm."""
     axes = _axes.check_axes(layer.axis, jnp.asarray(x)).feature
-    obstacle = None if uses_running_average else "it runs in training mode"
+    obstacle = None if uses_running_average else TRAINING
     return Call(path, axes, epsilon=float(layer.epsilon), obstacle=obstacle)
 
 

@@ -91,14 +91,17 @@ class Norm(NamedTuple):
     Attributes:
         layer: the batch norm.
         feeder: the one linear layer whose output all its calls take, if there is one.
-        alone: whether nothing else reads the feeder's output.
-        obstacle: why it can't be folded into the feeder; None if it can.
+        obstacles: why it can't be folded into the feeder.
     """
 
     layer: Layer
     feeder: Layer | None
-    alone: bool
-    obstacle: str | None
+    obstacles: tuple[str, ...]
+
+    @property
+    def obstacle(self) -> str | None:
+        """The first; None if it can be folded."""
+        return next(iter(self.obstacles), None)
 
 
 mark_p = Primitive("jbn_layer")
@@ -123,6 +126,13 @@ def _mark_jvp(primals: Any, tangents: Any, *, call: Call) -> tuple[Any, Any]:
 def _mark_batch(operands: Any, dims: Any, *, call: Call) -> tuple[Any, Any]:
     """Under `vmap` the axes shift by the one that is mapped, and variables may be stacked."""
     n = len(call.names)
+    operands, dims = list(operands), list(dims)
+    if any(d is not None for d in dims[1 : 1 + n]):
+        # One layer for each element of the mapped axis: of a norm along another axis than the
+        # linear layer's, a transpose must tell.
+        for i in (0, 1 + n):
+            if dims[i]:
+                operands[i], dims[i] = jnp.moveaxis(operands[i], dims[i], 0), 0
     where = dims[0] if call.kernel_axes is not None else dims[1 + n]
     axes = call.axes
     if where is not None:
@@ -321,6 +331,8 @@ def _marked(eqn: JaxprEqn, operands: list[_Value], found: _Found) -> _Value:
     if is_linear:
         ndim = _ndim(eqn.outvars[0])
         output = _Output(layer.path, tuple(a - ndim for a in call.axes))
+        if output in _reads(inputs):  # of an earlier call: the layer reads itself
+            found.read |= {output}
         return _Value(output, (y.reads - own) | _reads(inputs) | {output})
     x, *others = inputs
     ndim = _ndim(eqn.invars[1 + n])
@@ -353,7 +365,7 @@ def _noted(
         layer.obstacles[call.obstacle] = None
     for name, value, stacked in zip(call.names, variables, call.stacked, strict=True):
         if not isinstance(value.source, Variable) or stacked is None:
-            layer.obstacles[f"its {name} is not used as it is stored, but transformed"] = None
+            layer.obstacles[transformed(name)] = None
             continue
         variable = value.source._replace(stacked=value.source.stacked + stacked)
         if layer.variables.setdefault(name, variable) != variable:
@@ -362,8 +374,13 @@ def _noted(
     return layer
 
 
+def transformed(name: str) -> str:
+    """The obstacle of a variable that is not read as it is stored."""
+    return f"its {name} is not used as it is stored, but transformed"
+
+
 def _settings(call: Call) -> tuple[Any, ...]:
-    return call.names, call.kernel_axes, call.epsilon
+    return call.names, call.kernel_axes, call.epsilon, call.obstacle
 
 
 def _match_axes(norm: Layer, axes: tuple[int, ...], output: _Output, found: _Found) -> None:
@@ -383,7 +400,7 @@ def _judge(norm: Layer, found: _Found) -> Norm:
         text = f"it is called on different inputs: {', '.join(words)}"
         if len(words) == 1:
             text = f"its input is not the output of a linear layer, but {words[0]}"
-        return Norm(norm, None, False, next(iter([*norm.obstacles, text])))
+        return Norm(norm, None, (*norm.obstacles, text))
     (feeder,) = feeders
     outputs = {v.layer for v in found.read if isinstance(v, _Output)}
     alone = feeder.readers == {norm.path} and feeder.path not in outputs
@@ -399,4 +416,4 @@ def _judge(norm: Layer, found: _Found) -> Norm:
         ]
     if len({v.stacked for layer in (norm, feeder) for v in layer.variables.values()}) > 1:
         obstacles.append(f"it and {feeder.name} are not stacked alike")
-    return Norm(norm, feeder, alone, next(iter(obstacles), None))
+    return Norm(norm, feeder, tuple(obstacles))

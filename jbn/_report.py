@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jbn import _graph
 from jbn._calibrate import Pooled, join, whole
+from jbn._fold import TRAINING
 
 # In standard deviations: of a running mean, from which calibrating is worth it.
 _DRIFT = 0.5
@@ -23,6 +24,10 @@ _NEAR_EPSILON = 10.0
 _DEAD, _EXPLODING = 1e-3, 1e2
 # Elements that each feature has in a batch: the mean of 32 is off by 0.18 standard deviations.
 _FEW = 32
+
+
+# What keeps a batch norm from being folded in training mode: it, and statistics that are updated.
+_EXPECTED = {TRAINING, _graph.transformed("mean"), _graph.transformed("var")}
 
 
 class Layer(Protocol):
@@ -158,10 +163,13 @@ def useless_biases(
     found = {}
     for norm in norms:
         feeder = norm.feeder
-        if feeder is None or not norm.alone or "bias" not in feeder.variables:
+        if feeder is None or "bias" not in feeder.variables:
+            continue
+        bias = feeder.variables["bias"]
+        if not set(norm.obstacles) <= _EXPECTED or (bias.stacked and not norm.layer.variables):
             continue
         if len(norm.layer.positions) == len(feeder.call.axes):  # else it varies within a feature
-            size = arrays[feeder.variables["bias"].path].size
+            size = arrays[bias.path].size
             found[join(norm.layer.path)] = Bias(join(feeder.path), size)
     return found
 

@@ -92,7 +92,8 @@ def _update(
     running: RunningStats, moments: Moments, weights: Any, unbiased: bool, guard: bool
 ) -> RunningStats:
     """`update_running_stats` of checked arguments: one trace for all layers of a shape."""
-    mean, var, n = moments
+    # On a mesh of Explicit axes they keep their own sharding, from step to step of a scan.
+    mean, var, n = (_axes.shard_like(v, running.mean) for v in moments)
     has_var = jnp.ones(n.shape, bool)
     if unbiased:
         has_var = n >= 2
@@ -108,11 +109,9 @@ def _update(
     if guard and (weights is None or stored != (mean.dtype, var.dtype)):
         # What is finite may overflow in a narrower dtype, and the difference of two in any.
         taken &= jnp.isfinite(new_mean) & jnp.isfinite(new_var)
-    old_mean = _axes.shard_like(running.mean, new_mean)
-    old_var = _axes.shard_like(running.var, new_var)
     updated = RunningStats(
-        jnp.where(taken, new_mean, old_mean.astype(new_mean.dtype)),
-        jnp.where(taken & has_var, new_var, old_var),
+        jnp.where(taken, new_mean, running.mean.astype(new_mean.dtype)),
+        jnp.where(taken & has_var, new_var, running.var),
         running.count + taken.astype(running.count.dtype),
     )
     return jax.tree.map(lax.stop_gradient, updated)

@@ -1015,3 +1015,57 @@ def test_nnx_errors():
     model.layers[1].var[...] = jnp.array([1, np.nan, -1])
     with pytest.raises(ValueError, match=r"the running var of layers/1 .*2 of 3"):
         jbn.nnx.fold(model, x)
+
+
+class Chain(nn.Module):
+    """A layer that takes its own output, of which the last alone is normalized."""
+
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.scanned:
+            return self.over_steps(x)
+        dense = nn.Dense(4, name="dense")
+        return LINEN(name="bn")(dense(nn.relu(dense(x))))
+
+    def over_steps(self, x):
+        def step(module, carry, _):
+            carry = nn.Dense(4, name="dense")(carry)
+            return carry, LINEN(name="bn")(carry)
+
+        axes = {"params": 0, "batch_stats": 0}
+        scan = nn.scan(step, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return scan(self, x, None)[1]
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_linen_layer_that_feeds_itself(scanned):
+    report = check_linen(Chain(scanned), draw((3, 4)))
+    assert report == {"bn": "something else reads the output of dense as well"}
+
+
+class CrossedAxes(nn.Module):
+    """A dense layer for each element of the first axis, and a batch norm for each of the second."""
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "batch_stats": 0}
+        dense = nn.vmap(nn.Dense, variable_axes=axes, split_rngs={"params": True}, out_axes=1)
+        norm = nn.vmap(LINEN, variable_axes=axes, split_rngs={"params": True})
+        return norm(name="bn")(dense(4, name="dense")(x))
+
+
+def test_linen_mapped_over_different_axes():
+    report = check_linen(CrossedAxes(), draw((3, 3, 4)))
+    assert report == {"bn": "its input is not the output of a linear layer, but of transpose"}
+
+
+def test_variables_that_are_none_and_a_mean_that_is_nan():
+    model, x = Chain(False), draw((3, 4))
+    with pytest.raises(ValueError, match="must have the collection batch_stats, got NoneType"):
+        jbn.linen.fold(model, None, x)
+    with pytest.raises(ValueError, match="must have the collection batch_stats, got ndarray"):
+        jbn.linen.fold(model, x, x)
+    with pytest.raises(ValueError, match=r"mean must be finite, but is not at feature \[1\]"):
+        jbn.fold_batch_norm(np.ones((3, 2)), None, np.array([0, np.nan]), np.ones(2))

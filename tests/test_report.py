@@ -168,7 +168,7 @@ def test_bad_input_is_that_of_calibrate():
 
 
 class Biased(nn.Module):
-    """Six batch norms, of which the first two take a bias away."""
+    """Seven batch norms, of which the first two take a bias away."""
 
     @nn.compact
     def __call__(self, x):
@@ -181,7 +181,9 @@ class Biased(nn.Module):
         x = norm("d", nn.relu(nn.Dense(4, name="rectified")(x)))
         x = norm("e", nn.Dense(4, use_bias=False, name="without")(x))
         logits = nn.Dense(4, name="read")(x)
-        return norm("f", logits) + logits
+        x = norm("f", logits) + logits
+        again = nn.Dense(4, name="again")
+        return norm("g", again(nn.relu(again(x))))
 
 
 class BiasedModel(nnx.Module):
@@ -199,13 +201,15 @@ class BiasedModel(nnx.Module):
         self.rectified, self.d = nnx.Linear(3, 4, rngs=rngs), norm(4)
         self.without, self.e = nnx.Linear(4, 4, use_bias=False, rngs=rngs), norm(4)
         self.read, self.f = nnx.Linear(4, 4, rngs=rngs), norm(4)
+        self.again, self.g = nnx.Linear(4, 4, rngs=rngs), norm(4)
 
     def __call__(self, x):
         x = nnx.relu(self.a(self.useless(x)))
         x = self.c(self.rows(self.b(self.pair(x))))
         x = self.e(self.without(self.d(nnx.relu(self.rectified(x)))))
         logits = self.read(x)
-        return self.f(logits) + logits
+        x = self.f(logits) + logits
+        return self.g(self.again(nnx.relu(self.again(x))))
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
@@ -217,6 +221,6 @@ def test_useless_biases(kind):
         found = jbn.linen.report(Biased().apply, variables, BATCHES)
     told = {row.layer: (row.useless_bias_of, row.useless_parameters) for row in found.rows}
     useless = {"a": ("useless", 5), "b": ("pair", 6)}
-    assert told == dict.fromkeys("cdef", (None, 0)) | useless
+    assert told == dict.fromkeys("cdefg", (None, 0)) | useless
     words = "the bias of pair changes nothing: use_bias=False saves 6 parameters"
     assert [words in row.findings for row in found.rows] == [row.layer == "b" for row in found.rows]

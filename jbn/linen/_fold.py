@@ -117,10 +117,12 @@ def _analyse(
             f"model must be a flax.linen.Module, got {_axes.describe(model)}: "
             "for flax.nnx there is jbn.nnx."
         )
-    if "batch_stats" not in variables:
+    is_mapping = isinstance(variables, Mapping)
+    if not is_mapping or "batch_stats" not in variables:
+        given = ", ".join(map(str, variables)) or "none" if is_mapping else type(variables).__name__
         raise ValueError(
-            "variables must have the collection batch_stats, got "
-            f"{', '.join(variables) or 'none'}: pass what the model's init returns. "
+            f"variables must have the collection batch_stats, got {given}: pass what the model's "
+            "init returns. "
             "A model without batch norm has nothing to fold."
         )
     try:

@@ -49,7 +49,8 @@ def fold(
     Returns:
         A copy of the model without the batch norms that were folded, and what was folded and what
         was left and why (`print` shows a line for each). The copy is to be called with the same
-        flags and method as here, as other calls may read what was folded.
+        flags and method as here, as other calls may read what was folded. The model's own code
+        must not ask for the class of a layer, or whether it has a bias: both change.
 
     Raises:
         TypeError: if `model` is not an NNX module.
