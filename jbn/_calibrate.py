@@ -157,7 +157,8 @@ def pool(
     with _bar(progress) as bar:
         for batch in bar.track(batches, total=total, description=description):
             _check_batch(seen, batch)
-            shapes_of_batch = jax.tree.map(_shape_of, batch)
+            if not seen:
+                shapes_of_batch = jax.tree.map(_shape_of, batch)
             moments = jax.tree.map(whole, step(batch))
             jax.tree.map(lambda leaf: leaf.copy_to_host_async(), moments)
             merge(pending)

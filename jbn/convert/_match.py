@@ -115,36 +115,35 @@ def match(
                     f"The two are matched by {matched}."
                 )
             pairs.append(Pair(layer, source, fit, matched))
-    taken = [pair.source.name for pair in pairs]
-    if len(set(taken)) < len(taken):
-        twice = next(name for name in taken if taken.count(name) > 1)
+    given = [pair.source.name for pair in pairs]
+    if len(set(given)) < len(given):
+        twice = next(name for name in given if given.count(name) > 1)
         paths = [pair.layer.path for pair in pairs if pair.source.name == twice]
         raise ValueError(f"names give {twice!r} to several Flax layers: {', '.join(paths)}.")
-    done = {pair.layer.path for pair in pairs}
-    rest = [layer for path, layer in layers.items() if path not in done]
     # Equal names may be so by accident, as layers.2 of torch and layers_2 of Flax, where torch
     # counts activations too. Among layers that are not all so named, the order must confirm them.
-    doubtful = {_alike(layer) for layer in rest}
-    unsure = [p for p in pairs if p.matched == "equal names" and _alike(p.layer) in doubtful]
-    if unsure:
-        kept = [pair for pair in pairs if pair not in unsure]
-        taken = [pair.source.name for pair in kept]
-        done = {pair.layer.path for pair in kept}
-        rest = [layer for path, layer in layers.items() if path not in done]
-        pairs = kept
+    done = {pair.layer.path for pair in pairs}
+    doubtful = {_alike(layer) for path, layer in layers.items() if path not in done}
+    unsure = {
+        pair.layer.path: pair.source.name
+        for pair in pairs
+        if pair.matched == "equal names" and _alike(pair.layer) in doubtful
+    }
+    pairs = [pair for pair in pairs if pair.layer.path not in unsure]
+    done, taken = {pair.layer.path for pair in pairs}, {pair.source.name for pair in pairs}
     by_order = _by_order(
-        rest,
+        [layer for path, layer in layers.items() if path not in done],
         [source for name, source in sources.items() if name not in taken],
         moves,
         sorted_sides,
     )
     ordered = {pair.layer.path: pair.source.name for pair in by_order}
-    for pair in unsure:
-        if ordered[pair.layer.path] != pair.source.name:
+    for path, name in unsure.items():
+        if ordered[path] != name:
             raise ValueError(
-                f"{pair.layer.path} and {pair.source.name} have equal names, but by the order of "
-                f"the layers of that kind and shape it is {ordered[pair.layer.path]}, and not all "
-                "of these have equal names: pair them in names."
+                f"{path} and {name} have equal names, but by the order of the layers of that kind "
+                f"and shape it is {ordered[path]}, and not all of these have equal names: pair "
+                "them in names."
             )
     return pairs + by_order
 
