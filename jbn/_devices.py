@@ -35,28 +35,46 @@ def gather(values: Arrays, names: Sequence[Any], groups: Any) -> Arrays:
     name = names[0] if len(names) == 1 else tuple(names)
 
     def collect(rows: jax.Array) -> jax.Array:
+        if name not in device_axes() and len(names) == 1:
+            return _gather_mapped(rows, name, groups)
         if groups is None:
             to = "invarying" if _varies(rows, names) else "varying"
             return lax.all_gather(rows, name, to=to)
-        if name in device_axes():
-            return lax.all_gather(rows, name, axis_index_groups=groups)
-        # vmap has no groups: of all, which are at hand anyway, take those of the own group.
-        members = np.empty((len(groups) * len(groups[0]), len(groups[0])), np.int32)
-        for group in groups:
-            members[list(group)] = group
-        return lax.all_gather(rows, name)[jnp.asarray(members)[lax.axis_index(name)]]
+        return lax.all_gather(rows, name, axis_index_groups=groups)
 
     return _as_rows(lambda rows: jnp.moveaxis(collect(rows), 1, 0), values)
 
 
+def _gather_mapped(rows: jax.Array, name: Any, groups: Any) -> jax.Array:
+    """`lax.all_gather` along an axis of `jax.vmap`, which has no groups of its own."""
+    mesh, spec = jax.typeof(rows).sharding.mesh, jax.typeof(rows).sharding.spec
+    stacked = NamedSharding(mesh, PartitionSpec(None, *spec))
+    split = any(spec)  # the features, over Explicit axes, which JAX mistakes once gathered
+    if split:
+        rows = jax.sharding.reshard(rows, NamedSharding(mesh, PartitionSpec()))
+    gathered = lax.all_gather(rows, name)
+    if groups is None:
+        return jax.sharding.reshard(gathered, stacked) if split else gathered
+    members = np.empty((len(groups) * len(groups[0]), len(groups[0])), np.int32)
+    for group in groups:
+        members[list(group)] = group
+    own = jnp.asarray(members)[lax.axis_index(name)]
+    # Said, as JAX would not choose where an Explicit axis, unseen from here, splits the mapped one.
+    return gathered.at[own].get(out_sharding=stacked)
+
+
 def total(values: Arrays, batch: Batch) -> Arrays:
     """Sums feature arrays over the devices of a batch, in one collective."""
-    names = tuple(itertools.chain(*batch.exchanges))
     groups = batch.axis_index_groups
-    # With groups there is no psum under vmap, nor inside shard_map with its replication check.
-    if groups is None or (names[0] in device_axes() and not _varies(values[0], names)):
-        return _as_rows(lambda rows: lax.psum(rows, names, axis_index_groups=groups), values)
-    return _like(values, [jnp.sum(v, 0) for v in gather(values, names, groups)])
+    for names in batch.exchanges:
+        # With groups there is no psum inside shard_map with its replication check. Under vmap there
+        # is none with groups, and without them JAX mistypes it where an Explicit mesh is at hand.
+        if names[0] in device_axes() and (groups is None or not _varies(values[0], names)):
+            add = functools.partial(lax.psum, axis_name=names, axis_index_groups=groups)
+            values = _as_rows(add, values)
+        else:
+            values = _like(values, [jnp.sum(v, 0) for v in gather(values, names, groups)])
+    return values
 
 
 def _varies(v: jax.Array, names: Sequence[Any]) -> bool:

@@ -444,6 +444,37 @@ def test_groups_of_devices(kind):
             close(jax.tree.map(lambda v, i=i: v[i], out), (dx[part], y[part], moments))
 
 
+@pytest.mark.parametrize("groups", [None, [[0, 5], [7, 3], [1, 2], [6, 4]]], ids=("all", "groups"))
+@pytest.mark.parametrize("spec", [P(("a", "b")), P("a", "b"), P("a", None, "b")], ids=str)
+def test_vmap_along_an_axis_that_an_explicit_mesh_splits(spec, groups):
+    """The statistics stay where their batch is, and split as the features are."""
+    x = np.random.default_rng(0).normal(size=(8, 6, 4))
+    options = {"axis_name": "d", "axis_index_groups": groups}
+
+    def f(x):
+        def loss(x):
+            y, moments = jbn.batch_norm(x, epsilon=0.1, **options)
+            return jnp.sum(y**3), (y, moments)
+
+        return jax.value_and_grad(loss, has_aux=True)(x)
+
+    def g(x):
+        return jbn.moments(x, **options)
+
+    expected = jax.vmap(f, axis_name="d")(x), jax.vmap(g, axis_name="d")(x)
+    mesh = mesh_of((4, 2), ("a", "b"), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, jax.NamedSharding(mesh, spec))
+        moments = jax.vmap(g, axis_name="d")(split)
+        close(moments, expected[1])
+        assert jax.typeof(moments.mean).sharding.spec == P(spec[0], *(spec[2:] or [None]))
+        try:
+            jax.vmap(jax.jit(lambda x: jax.lax.psum(x, "d")), axis_name="d")(jnp.ones(8))
+        except ValueError:
+            pytest.skip("this JAX has no sum over a mapped axis on Explicit meshes, nor gradients")
+        close(jax.vmap(f, axis_name="d")(split), expected[0])
+
+
 def nested(f):
     return jax.vmap(jax.vmap(f, axis_name="s"), axis_name="d")
 
