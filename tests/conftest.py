@@ -16,6 +16,7 @@ hypothesis.settings.register_profile("jbn", deadline=None, derandomize=True, max
 hypothesis.settings.load_profile("jbn")
 
 
+@pytest.hookimpl(optionalhook=True)  # there may be no xdist
 def pytest_xdist_auto_num_workers(config):
     """One more than there are cores: the tests of many processes mostly wait."""
     on_linux = hasattr(os, "sched_getaffinity")

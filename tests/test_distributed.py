@@ -145,6 +145,7 @@ def test_resumes_on_any_number_of_processes(start, tmp_path):
     ("index", "fault", "cause"),
     [
         (0, "terminate", r"leader task"),
+        (0, "stop", r"DEADLINE_EXCEEDED[^@]*CoordinationService/Heartbeat"),
         (1, "stop", r"stopped sending heartbeats\):\s+1"),
         (1, "raise", r"first task at the barrier: 1"),
     ],
