@@ -1,9 +1,10 @@
 """Population statistics from the batches of a loader: what Linen and NNX share."""
 
+import contextlib
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -109,12 +110,37 @@ def check_moments(name: str, layer: Layer, moments: jbn.Moments, shape: tuple[in
         )
 
 
+@contextlib.contextmanager
+def explained(batch: Any, apply_fn: str) -> Iterator[None]:
+    """Adds to an error of the model's what calibrating may have to do with it.
+
+    Args:
+        batch: what the model was called on.
+        apply_fn: one that takes the first of a pair.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "branch outputs must have the same" in str(error):
+            error.add_note(
+                "Calibrating, each layer of batch norm hands out its moments, which one branch "
+                "alone cannot: let apply_fn call the model so that batch norm runs in all branches "
+                "or in none, such as by jnp.where."
+            )
+        elif not hasattr(batch, "shape"):
+            error.add_note(
+                f"The model was called on a batch as it came, a {type(batch).__name__}. If it takes"
+                f" a part of that alone, pass apply_fn={apply_fn}."
+            )
+        raise
+
+
 def warn_silent(names: Iterable[str], stacklevel: int) -> None:
     """Names the layers that gave no moments although nothing says that they should not."""
     for name in names:
         warnings.warn(
-            f"{title(name)} keeps its running statistics: it was not called, or the moments of its "
-            "batch did not reach the caller.",
+            f"{title(name)} keeps its running statistics: it was not called, or called to use them,"
+            " or the moments of its batch did not reach the caller.",
             stacklevel=stacklevel + 1,
         )
 

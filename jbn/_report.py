@@ -20,7 +20,7 @@ _DRIFT = 0.5
 _VAR_RATIO = 2.0
 # A variance of 10 epsilon is normalized to 0.91 rather than 1.
 _NEAR_EPSILON = 10.0
-# Of the median |scale| of the model.
+# Of the median |scale| of the model, zeros apart.
 _DEAD, _EXPLODING = 1e-3, 1e2
 # Elements that each feature has in a batch: the mean of 32 is off by 0.18 standard deviations.
 _FEW = 32
@@ -51,8 +51,8 @@ class Row:
         var_ratio_max: the largest.
         near_epsilon: features whose variance in the batches is less than 10 epsilon: they are
             scaled to less than unit variance.
-        dead: features whose |scale| is less than 0.001 of the model's median.
-        exploding: features whose |scale| is more than 100 times the model's median.
+        dead: features whose |scale| is less than 0.001 of the model's median, zeros apart.
+        exploding: features whose |scale| is more than 100 times that median.
         smallest_count: the fewest elements that a feature had in a batch.
         useless_bias_of: the layer before, if batch norm takes away its bias with the mean; else
             None.
@@ -196,8 +196,9 @@ def make(
     }
     for name in layers.keys() & sizes.keys():
         values[name]["scale"] = sizes[name].ravel()
-    every = [v["scale"] for v in values.values() if "scale" in v]
-    median = float(np.median(np.concatenate(every))) if every else 1.0
+    nonzero = [v["scale"][v["scale"] > 0] for v in values.values() if "scale" in v]
+    every = np.concatenate(nonzero or [np.ones(1)])
+    median = float(np.median(every)) if every.size else 1.0
     none = Bias(None, 0)
     rows = (
         _row(name, *layers[name], values[name], median, biases.get(name, none)) for name in layers

@@ -322,7 +322,7 @@ def test_linen_scanned_layers():
 
     model = scanned(["params", "batch_stats"])
     del variables["batch_moments"]  # that init gives inside a transformation
-    with pytest.raises(ValueError, match=r"layer 'stack/bn' do not leave .* batch_moments"):
+    with pytest.raises(ValueError, match=r"layer 'stack/bn' do not reach .* batch_moments"):
         jbn.linen.calibrate(model.apply, variables, split(X))
 
 
@@ -638,6 +638,14 @@ BAD_LINEN = {
     "model": (Net(), {}, [X], {}, TypeError, r"must be a function, got Net: .*model\.apply"),
     "no mutable": (lambda v, b: 0, {}, [X], {}, TypeError, "take its arguments .*'mutable'"),
     "output": (lambda v, b, mutable: b, {}, [X], {}, TypeError, "does it pass mutable on"),
+    "lost mutable": (
+        lambda v, b, mutable: TRAIN(v, b, mutable=["batch_stats"]),
+        {},
+        [X],
+        {},
+        ValueError,
+        "layer '(first|second)' do not reach the caller: apply_fn must pass on the mutable",
+    ),
     "no stats": (TRAIN, {"batch_stats": None}, [X], {}, ValueError, "batch_stats, .* got params"),
     "no layer": (TRAIN, {"batch_stats": {}}, [X], {}, ValueError, "the model has no batch norm"),
     "other": (
@@ -675,6 +683,55 @@ def test_bad_input_nnx():
         calibrate(Model(), [X], apply_fn=lambda model, batch: model.eval())
     with pytest.raises(TypeError, match=r"call it outside jax\.jit"):
         nnx.jit(lambda model: calibrate(model, [X]))(Model())
+
+
+class Branches(nn.Module):
+    """Batch norm in one branch alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        bn = jbn.linen.BatchNorm(use_running_average=False)
+        if self.is_initializing():
+            return bn(x)
+        return nn.cond(x.sum() > 0, lambda bn, x: bn(x), lambda bn, x: x, bn, x)
+
+
+def test_errors_of_the_model_tell_what_calibrating_has_to_do_with_them():
+    """A pair of images and labels for the images, and batch norm in one branch."""
+    labels = np.zeros(23)
+    bn = jbn.linen.BatchNorm(use_running_average=False)
+    variables = bn.init(jax.random.key(0), X)
+    with pytest.raises(TypeError, match="x must be an array") as linen:
+        jbn.linen.calibrate(bn.apply, variables, [(X, labels)])
+    assert "a tuple. If it takes a part of that alone, pass apply_fn=lambda v, " in told(linen)
+    with pytest.raises(TypeError, match="x must be an array") as of_nnx:
+        jbn.nnx.calibrate(Model(), [{"x": X, "y": labels}])
+    assert "a dict. If it takes a part of that alone, pass apply_fn=lambda model, " in told(of_nnx)
+    variables = Branches().init(jax.random.key(0), X)
+    with pytest.raises(TypeError, match="branch outputs") as branches:
+        jbn.linen.calibrate(Branches().apply, variables, [X])
+    assert "so that batch norm runs in all branches or in none" in told(branches)
+
+
+def told(info):
+    return " ".join(info.value.__notes__)
+
+
+class Renamed(jbn.linen.BatchNorm):
+    """A subclass with arguments of its own."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return super().__call__(x, use_running_average=not train)
+
+
+def test_linen_subclass_whose_call_takes_other_arguments():
+    bn = Renamed()
+    variables = bn.init(jax.random.key(0), X, True)
+    new = jbn.linen.calibrate(functools.partial(bn.apply, train=True), variables, [X])
+    close(np.asarray(new["batch_stats"]["mean"]), X.mean(0), 1e-6)
+    with pytest.raises(ValueError, match=r"no layer of .* normalizes by its batch"):
+        jbn.linen.calibrate(functools.partial(bn.apply, train=False), variables, [X])
 
 
 def test_no_warning_without_need():

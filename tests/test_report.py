@@ -101,6 +101,14 @@ def test_numbers(report):
     assert second.findings[-1] == "too few elements in a batch, its statistics are noisy: 10"
 
 
+def test_scales_that_are_mostly_zero():
+    """Those are dead, and the others are measured by themselves."""
+    bn = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    bn.scale.set_value(jnp.array([0, 0, 2.0]))
+    [row] = jbn.nnx.report(bn, [X]).rows
+    assert (row.dead, row.exploding) == (2, 0)
+
+
 @BOTH
 def test_findings(report):
     found = report(BATCHES, max_batches=2)

@@ -1,5 +1,6 @@
 """Population statistics of the batch norm layers of a Linen model."""
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,8 @@ from jbn import _axes, _calibrate
 from jbn.linen._batch_norm import BatchNorm
 
 _calls = itertools.count()
+# As Flax's interceptors see them.
+_CALL, _FLAXS_CALL = (inspect.unwrap(kind.__call__) for kind in (BatchNorm, nn.BatchNorm))
 
 
 def calibrate(
@@ -129,7 +132,9 @@ def pool(
     @jax.jit
     def step(variables: Mapping[str, Any], batch: Any) -> dict[str, jbn.Moments]:
         training: dict[str, BatchNorm] = {}
-        with nn.intercept_methods(lambda *call: _note_layer(training, called, *call)):
+        own = "lambda v, batch, mutable: model.apply(v, batch[0], train=True, mutable=mutable)"
+        note = functools.partial(_note_layer, training, called)
+        with nn.intercept_methods(note), _calibrate.explained(batch, own):
             result = apply_fn(variables, batch, mutable=mutable)
         moments: dict[str, Any] = {
             _calibrate.join(path[:-1]): value
@@ -218,14 +223,15 @@ def _note_layer(
     context: Any,
 ) -> Any:
     """Keeps each layer that is called in training mode: an interceptor of Flax's methods."""
-    module = context.module
-    is_ours, is_flaxs = isinstance(module, BatchNorm), isinstance(module, nn.BatchNorm)
-    if (is_ours or is_flaxs) and context.method_name == "__call__":
-        call = inspect.signature(type(module).__call__).bind(module, *args, **kwargs)
+    module, method = context.module, context.orig_method.func
+    # Those of subclasses, which may take other arguments, call one of these.
+    kind = {_CALL: BatchNorm, _FLAXS_CALL: nn.BatchNorm}.get(method)
+    if kind is not None:
+        call = inspect.signature(kind.__call__).bind(module, *args, **kwargs)
         by_running = call.arguments.get("use_running_average")
         by_running = module.use_running_average if by_running is None else by_running
         name = _calibrate.join(module.scope.path)
-        if not by_running and is_flaxs:
+        if not by_running and kind is nn.BatchNorm:
             raise _calibrate.no_moments(name, "linen")
         if not by_running:
             training[name] = module.clone(parent=None)
@@ -242,7 +248,8 @@ def _check_layers(training: Mapping[str, Any], moments: Mapping[str, Any]) -> No
         )
     for name in training.keys() - moments.keys():
         raise ValueError(
-            f"the moments of {_calibrate.title(name)} do not leave the transformation that it runs "
-            "in: name the collection batch_moments beside batch_stats, such as nn.scan(..., "
+            f"the moments of {_calibrate.title(name)} do not reach the caller: apply_fn must pass "
+            "on the mutable that it is given, and a transformation that the layer runs in must name"
+            " the collection batch_moments beside batch_stats, such as nn.scan(..., "
             "variable_axes={'params': 0, 'batch_stats': 0, 'batch_moments': 0})."
         )

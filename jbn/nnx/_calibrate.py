@@ -128,7 +128,8 @@ def pool(
     @jax.jit
     def step(state: Any, batch: Any) -> dict[str, jbn.Moments]:
         copy = nnx.merge(graphdef, state)
-        _, captured = nnx.capture(forward, BatchMoments)(copy, batch)
+        with _calibrate.explained(batch, "lambda model, batch: model(batch[0])"):
+            _, captured = nnx.capture(forward, BatchMoments)(copy, batch)
         moments = {
             _calibrate.join(path[:-1]): variable.get_value()
             for path, variable in nnx.to_flat_state(captured)
