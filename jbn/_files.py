@@ -32,6 +32,14 @@ def check_parent(path: Path) -> pathlib.Path:
     return path
 
 
+def check_file(path: Path) -> pathlib.Path:
+    """Returns `path` if a file can be written there."""
+    path = check_parent(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the path of a file in it.")
+    return path
+
+
 def check_suffix(path: pathlib.Path, suffixes: tuple[str, ...]) -> None:
     """Checks that the name of a file says that it can be read."""
     if path.suffix not in suffixes:

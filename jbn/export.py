@@ -6,13 +6,15 @@
     predict = jbn.export.load("model.jax")
 
 `save` and `load` need the extra `export`, `pip install 'jbn[export]'`, and `save_tensorflow` the
-extra `tensorflow`. A file of `save` is `jax.export`'s own format and nothing else, so a server
-needs jax and flatbuffers alone: `jax.export.deserialize(open("model.jax", "rb").read()).call`.
+extra `tensorflow`. A file of `save` is `jax.export`'s own format and after it a checksum, which jax
+ignores, so a server needs jax and flatbuffers alone:
+`jax.export.deserialize(open("model.jax", "rb").read()).call`.
 """
 
+import hashlib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ Path = str | os.PathLike[str]
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _ALL = ("cpu", "cuda", "tpu")
 _LIMIT = 1 << 31  # of flatbuffers
+_SEAL = b"\njbn.export sha256 "  # between the program and the digest of it
 
 
 def save(
@@ -62,6 +65,7 @@ def save(
     Raises:
         ImportError: if flatbuffers is not installed.
         FileNotFoundError: if the folder of `path` does not exist.
+        IsADirectoryError: if `path` is a folder.
         TypeError, ValueError: if `fn`, `args`, `batch_axis` or `platforms` are not as above, or
             arrays that `fn` closes over are typed by a mesh of several devices, or take too much.
             What jax raises where `fn` cannot be traced comes with a note.
@@ -76,7 +80,7 @@ def save(
         >>> predict(jnp.array([[3.0, 2.0], [1.0, 3.0], [5.0, 1.0]])).tolist()
         [[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]]
     """
-    path = _files.check_parent(path)
+    path = _files.check_file(path)
     _files.require("flatbuffers", "export")
     platforms = _check_platforms(platforms)
     program = _check_function(fn)
@@ -102,6 +106,7 @@ def save(
             f"read without other code, but it takes {exported.in_tree} and returns "
             f"{exported.out_tree}."
         ) from error
+    content += _SEAL + hashlib.sha256(content).digest()
     _files.write_whole(path, content)
 
 
@@ -121,7 +126,8 @@ def load(path: Path) -> Callable[..., Any]:
 
     Raises:
         ImportError: if flatbuffers is not installed.
-        ValueError: if the file is cut off or not one of `jax.export`, or a later jax wrote it.
+        ValueError: if the file is cut off, not one of `jax.export`, or written by a later jax, or
+            if any byte of a file of `save` has changed.
 
     Example:
         >>> import jax.numpy as jnp, jbn.export, os, tempfile
@@ -133,6 +139,15 @@ def load(path: Path) -> Callable[..., Any]:
     _files.require("flatbuffers", "export")
     with open(path, "rb") as file:
         content = bytearray(file.read())
+    end = content.rfind(_SEAL, -len(_SEAL) - hashlib.sha256().digest_size)
+    if end >= 0:
+        digest = content[end + len(_SEAL) :]
+        del content[end:]
+        if digest != hashlib.sha256(content).digest():
+            raise ValueError(
+                f"{os.fspath(path)!r} is damaged, as its checksum shows: copy it again as binary, "
+                "or write it again with jbn.export.save."
+            )
     # flatbuffers checks nothing: what is wrong shows as whichever error comes first.
     try:
         exported = jax.export.deserialize(content)
@@ -167,7 +182,8 @@ def save_tensorflow(
     signature `serving_default`. It runs on cpu, cuda and tpu, and holds no derivatives. What `fn`
     closes over goes into the graph, which holds at most 2 GB.
 
-    Before it is written, TensorFlow runs the function once, on ones, with 1 for each symbolic size.
+    Before it is written, TensorFlow runs the function once, on ones, with 1 for each symbolic size,
+    or only reads it where sizes of 1 do not fit each other, as with b and 2 b.
 
     Args:
         path: of the folder, which must not exist yet. It is written whole or not at all.
@@ -188,7 +204,7 @@ def save_tensorflow(
         >>> tf.saved_model.load("saved")(x)  # doctest: +SKIP
     """
     path = _files.check_parent(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists: delete it first, or give another path.")
     tf = _files.require("tensorflow", "tensorflow")
     program = _check_function(fn)
@@ -206,13 +222,14 @@ def save_tensorflow(
     try:
         served(*ones)
     except tf.errors.InvalidArgumentError as error:
-        if "deserialize" not in str(error):
+        if "deserialize" in str(error):
+            raise RuntimeError(
+                f"TensorFlow {tf.__version__} cannot read the programs of jax {jax.__version__}, "
+                "whose StableHLO is later. Known to work are jax 0.10.0 to 0.11.1 with TensorFlow "
+                "2.20 and 2.21: pip install 'jbn[tensorflow]' takes such a pair."
+            ) from error
+        if "do not match the polymorphic shapes" not in str(error):
             raise
-        raise RuntimeError(
-            f"TensorFlow {tf.__version__} cannot read the programs of jax {jax.__version__}, whose "
-            "StableHLO is later. Known to work are jax 0.10.0 to 0.11.1 with TensorFlow 2.20 and "
-            "2.21: pip install 'jbn[tensorflow]' takes such a pair."
-        ) from error
     module = tf.Module()
     module.__call__ = served
     _files.make_whole(path, lambda partial: tf.saved_model.save(module, str(partial)))
@@ -237,10 +254,11 @@ def _tensorflow_function(tf: Any, program: Callable[..., Any], specs: tuple[Any,
 
 
 def _check_platforms(platforms: Any) -> tuple[str, ...]:
-    given = (platforms,) if isinstance(platforms, str) else tuple(platforms)
-    if not given or not set(given) <= set(_PLATFORMS):
+    given = (platforms,) if isinstance(platforms, str) else platforms
+    is_known = isinstance(given, Collection) and all(p in _PLATFORMS for p in given)
+    if not is_known or not given:
         raise ValueError(f"platforms must be some of {', '.join(_PLATFORMS)}, got {platforms!r}.")
-    return given
+    return tuple(given)
 
 
 def _check_function(fn: Any) -> Callable[..., Any]:
@@ -290,7 +308,7 @@ def _check_batch(leaves: list[tuple[Any, Any]], batch_axis: Any) -> None:
         "With batch_axis=None give the sizes that may vary yourself, as in "
         'jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 28, 28, 1"), jnp.float32).'
     )
-    if not isinstance(batch_axis, int):
+    if not isinstance(batch_axis, int) or isinstance(batch_axis, bool):
         raise TypeError(f"batch_axis must be an int or None, got {_axes.describe(batch_axis)}.")
     for keys, leaf in leaves:
         name = f"args{jax.tree_util.keystr(keys)}"

@@ -264,6 +264,21 @@ def content():
     return bytes(exported(jnp.ones((2, 3))).serialize())
 
 
+def test_a_byte_that_has_changed(tmp_path):
+    """Also among the weights, where jax would read other numbers."""
+    weights = RNG.normal(size=3).astype(np.float32)
+    jbn.export.save(tmp_path / "f", lambda x: x + weights, jnp.ones((2, 3)), platforms=["cpu"])
+    np.testing.assert_array_equal(jbn.export.load(tmp_path / "f")(np.zeros((1, 3))), [weights])
+    content = (tmp_path / "f").read_bytes()
+    digest = range(len(content) - 32, len(content))
+    for i in (content.index(weights.tobytes()), *range(0, len(content) - 64, 40), *digest):
+        changed = content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+        for damaged in [changed, content[:i]] if i in digest else [changed]:
+            (tmp_path / "f").write_bytes(damaged)
+            with pytest.raises(ValueError, match="f' is damaged, as its checksum shows"):
+                jbn.export.load(tmp_path / "f")
+
+
 @pytest.mark.parametrize("kept", [0, 1, 8, 100, 0.25, 0.5, 0.75, 0.9, -50, -16])
 def test_a_file_that_is_cut_off(tmp_path, content, kept):
     end = int(kept * len(content)) if isinstance(kept, float) else kept
@@ -310,8 +325,11 @@ BAD = {
         {},
     ),
     "axis": (TypeError, "batch_axis must be an int or None", (jnp.sin, X), {"batch_axis": "0"}),
+    "axis bool": (TypeError, "None, got bool True", (jnp.sin, X), {"batch_axis": True}),
     "platform": (ValueError, "cpu, cuda, rocm, tpu, got 'gpu'", (jnp.sin, X), {"platforms": "gpu"}),
     "platforms": (ValueError, r"got \[\]", (jnp.sin, X), {"platforms": []}),
+    "no platforms": (ValueError, "tpu, got None", (jnp.sin, X), {"platforms": None}),
+    "nested platforms": (ValueError, r"\[\['cpu'\]\]", (jnp.sin, X), {"platforms": [["cpu"]]}),
     "output": (TypeError, "fn must take and return arrays in.*Moments", (jbn.batch_norm, X), {}),
     "size": (
         Exception,  # of jax, not public
@@ -349,6 +367,8 @@ def test_no_folder(tmp_path):
     for save in (jbn.export.save, jbn.export.save_tensorflow):
         with pytest.raises(FileNotFoundError, match=r"the folder of .*no/f does not exist.*mkdir"):
             save(tmp_path / "no" / "f", jnp.sin, X)
+    with pytest.raises(IsADirectoryError, match=rf"^{tmp_path} is a folder: give the path"):
+        jbn.export.save(tmp_path, jnp.sin, X)
 
 
 def test_what_is_not_installed(tmp_path, monkeypatch, content):
@@ -360,8 +380,10 @@ def test_what_is_not_installed(tmp_path, monkeypatch, content):
             call(tmp_path / "f")
     with pytest.raises(ImportError, match=r"pip install 'jbn\[tensorflow\]'"):
         jbn.export.save_tensorflow(tmp_path / "t", jnp.sin, X)
-    with pytest.raises(FileExistsError, match="delete it first"):
-        jbn.export.save_tensorflow(tmp_path / "f", jnp.sin, X)
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("f", "link"):
+        with pytest.raises(FileExistsError, match=f"{name} exists: delete it first"):
+            jbn.export.save_tensorflow(tmp_path / name, jnp.sin, X)
 
 
 def test_a_disk_that_fails(tmp_path, monkeypatch):
@@ -397,6 +419,9 @@ for dtype in test_export.DTYPES:
     x = jax.ShapeDtypeStruct(test_export.X.shape, dtype)
     path = pathlib.Path(sys.argv[1]) / dtype
     jbn.export.save_tensorflow(path, lambda x: {"logits": model(x)}, x)
+sizes = jax.export.symbolic_shape("b, 2*b")
+args = [jax.ShapeDtypeStruct((size,), "float32") for size in sizes]
+jbn.export.save_tensorflow(path.with_name("pair"), lambda x, y: x + y[::2], *args)
 """
 SERVE = """
 import pathlib, sys
@@ -413,6 +438,8 @@ for path in map(pathlib.Path, sys.argv[2:]):
         y = served(x)["logits"]
         np.save(path / f"{n}.npy", y)
         np.testing.assert_array_equal(signature(**{name: x})["logits"], y)
+pair = tf.saved_model.load(path.with_name("pair"))
+np.testing.assert_array_equal(pair(tf.ones(2), tf.range(4.0)), [1, 3])
 """
 
 

@@ -80,7 +80,7 @@ def write(
     path: str | os.PathLike[str], like: str | os.PathLike[str], entries: Mapping[str, np.ndarray]
 ) -> None:
     """Writes a copy of the file `like` in which the entries are replaced; whole or not at all."""
-    like, path = pathlib.Path(like), _files.check_parent(path)
+    like, path = pathlib.Path(like), _files.check_file(path)
 
     def make(partial: pathlib.Path) -> None:
         if like.suffix != ".keras":

@@ -36,7 +36,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def write(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> None:
     """Writes the tensors, whole or not at all."""
-    path = _files.check_parent(path)
+    path = _files.check_file(path)
     _files.check_suffix(path, (".safetensors",))
     save = _files.require("safetensors.numpy", "convert").save
     # The writer takes the bytes as they lie, transposed ones too.
