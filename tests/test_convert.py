@@ -1,7 +1,10 @@
 """Weights of torch and Keras: layouts against the definitions, pairing, reports, bad files."""
 
+import functools
 import itertools
+import json
 import os
+import re
 import warnings
 
 import jax
@@ -232,6 +235,7 @@ def test_order_of_appearance():
         by_order = {row.flax.split("/")[0] for row in report.used if row.matched == "order"}
         assert {name for name in by_order if f"{name} with layers." in told} == by_order
         assert "layers.10.weight" in str(report)
+        assert str(report).startswith("- Paired by their order alone")
 
 
 def test_names_and_equal_names():
@@ -362,6 +366,9 @@ BAD = {
     "left nothing": ({**CONV, **BN}, {"leave": ["d"]}, "leave names 'd'"),
     "transposed": ({**CONV, **BN}, {"transpose_kernel": {"C": True}}, "transpose_kernel.*'C'"),
     "flattened": ({**CONV, **BN}, {"flattened": {"Conv_0": (1, 2)}}, "no Dense layer"),
+    "int8": (changed("c.weight", np.ones((3, 2, 3, 3), np.int8)), {}, r"c.weight is int8\[3,2,3,3"),
+    "bool": (changed("n.bias", np.ones(3, bool)), {}, r"n.bias is bool.*BatchNorm_0.*leave"),
+    "complex": (changed("c.bias", np.ones(3, "complex64")), {}, r"numbers, got complex64\[3\]"),
     "epsilon": ({**CONV, **BN}, {"epsilon": -1}, "epsilon must be at least 0"),
     "NaN": (changed("n.weight", np.array([1, np.nan, 2])), {}, "layer n: 1 of the 3 .*n.weight"),
     "infinite": (changed("c.bias", np.full(3, np.inf)), {}, "layer c: 3 of the 3"),
@@ -383,6 +390,23 @@ def test_bad_input(case):
     variables = template(ConvNorm(), draw(1, 5, 5, 2))
     with pytest.raises((ValueError, TypeError), match=message):
         convert.from_torch(state_dict, variables, **options)
+
+
+@pytest.mark.parametrize("shape", [4, (2.0, 2), "ab", (4,), (-2, -2), (2, 3)])
+def test_flattened_is_no_shape(shape):
+    with pytest.raises(ValueError, match=r"flattened gives a .*4 inputs: give \(C, H, W\)"):
+        convert.to_torch(kernels_of(a=(4, 2)), flattened={"a": shape})
+
+
+def test_safetensors_of_float8(tmp_path):
+    """A dtype that NumPy lacks."""
+    pytest.importorskip("safetensors")
+    tensor = {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}
+    header = json.dumps({"a.weight": tensor}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(TypeError, match=r"model.safetensors holds .*float8_e4m3fn.*float32"):
+        convert.from_torch(tmp_path / "model.safetensors", kernels_of(a=(2, 2)))
 
 
 def test_pickles_are_refused(tmp_path):
@@ -686,13 +710,97 @@ def test_names_that_are_equal_by_accident():
     np.testing.assert_array_equal(weights["layers_2"]["bias"], agreeing["last.bias"])
 
 
+def kernels_of(**shapes):
+    """Flax layers of these kernels, in this order as `init` has it."""
+    return {"params": {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}}
+
+
+def weights_of(**shapes):
+    """torch's layers of these weights, in this order."""
+    return {f"{name}.weight": draw(*shape) for name, shape in shapes.items()}
+
+
+def test_an_order_that_other_layers_deny():
+    """A residual block whose shortcut torch defines last, and Flax calls first, or last as well."""
+    state_dict = weights_of(main=(4, 3), end=(4, 4), shortcut=(4, 3))
+    made = kernels_of(skip=(3, 4), inner=(3, 4), out=(4, 4))
+    numbered = kernels_of(Dense_0=(3, 4), Dense_1=(3, 4), Dense_2=(4, 4))  # and sorted
+    for variables in (made, numbered):
+        skip, inner, out = variables["params"]
+        message = f"{inner} and shortcut .*{out} and end come before.*Pair {skip}, {inner} in names"
+        with pytest.raises(ValueError, match=message):
+            convert.from_torch(state_dict, variables)
+        names = {skip: "shortcut", inner: "main"}
+        params = convert.from_torch(state_dict, variables, names=names).weights["params"]
+        np.testing.assert_array_equal(params[skip]["kernel"], state_dict["shortcut.weight"].T)
+    last = kernels_of(Dense_0=(3, 4), Dense_1=(4, 4), Dense_2=(3, 4))
+    params = convert.from_torch(state_dict, last).weights["params"]
+    np.testing.assert_array_equal(params["Dense_2"]["kernel"], state_dict["shortcut.weight"].T)
+
+
+def test_an_order_that_numbers_confirm():
+    """All layers of one shape before those of another, where Flax has them in turns."""
+    variables = kernels_of(Dense_0=(3, 3), Dense_1=(2, 2), Dense_2=(3, 3), Dense_3=(2, 2))
+    state_dict = weights_of(conv1=(3, 3), conv2=(3, 3), fc1=(2, 2), fc2=(2, 2))
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    for path, name in zip(variables["params"], ("conv1", "fc1", "conv2", "fc2"), strict=True):
+        np.testing.assert_array_equal(weights[path]["kernel"], state_dict[f"{name}.weight"].T)
+    # Statistics alone, which Linen has after all parameters.
+    norms = {name: {"mean": jnp.ones(2), "var": jnp.ones(2)} for name in ("stem_norm", "end_norm")}
+    variables = {**kernels_of(stem=(3, 3), end=(2, 2)), "batch_stats": norms}
+    state_dict = {}
+    for name, shape in (("stem", (3, 3)), ("end", (2, 2))):
+        state_dict |= weights_of(**{name: shape})
+        state_dict |= {f"{name}_bn.running_{role}": draw(2) ** 2 for role in ("mean", "var")}
+    stats = convert.from_torch(state_dict, variables).weights["batch_stats"]
+    np.testing.assert_array_equal(stats["end_norm"]["var"], state_dict["end_bn.running_var"])
+
+
+def test_an_order_that_numbers_deny(keras, tmp_path):
+    """Keras lists the layers of branches by depth, and numbers them as they are made."""
+    with pytest.raises(ValueError, match=r"order of fc2, fc1, .*numbers say another: pair a, b in"):
+        convert.from_torch(torch_linears("fc2", "fc1"), dense_params("a", "b"))
+    x = keras.Input((2,))
+    branches = []
+    for i in range(2):
+        y = keras.layers.Dense(2, name=f"dense_{2 * i}")(x)
+        branches.append(keras.layers.Dense(2, name=f"dense_{2 * i + 1}")(y))
+    model = keras.Model(x, keras.layers.Concatenate()(branches))
+    with warnings.catch_warnings(action="ignore"):
+        model.save(tmp_path / "model.keras")
+    variables = dense_params(*(f"Dense_{i}" for i in range(4)))
+    with pytest.raises(ValueError, match="order of dense_0, dense_2, dense_1, dense_3"):
+        convert.from_keras(tmp_path / "model.keras", variables)
+    names = {f"Dense_{i}": f"dense_{i}" for i in range(4)}
+    report = convert.from_keras(tmp_path / "model.keras", variables, names=names).report
+    assert {row.matched for row in report.used} == {"names"}
+
+
+def test_kernels_that_are_those_of_others_transposed():
+    """The two 1x1 convolutions of a bottleneck: each has the shape of a ConvTranspose too."""
+    variables = kernels_of(Conv_0=(1, 1, 4, 8), Conv_1=(1, 1, 8, 4))
+    state_dict = weights_of(b=(8, 4, 1, 1), a=(4, 8, 1, 1))
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    np.testing.assert_array_equal(
+        weights["Conv_1"]["kernel"][0, 0], state_dict["a.weight"][..., 0, 0].T
+    )
+    # Two of one shape in Flax of which the second must be a ConvTranspose.
+    variables = kernels_of(make=(1, 1, 4, 8), grow=(1, 1, 4, 8))
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    np.testing.assert_array_equal(
+        weights["grow"]["kernel"][0, 0], state_dict["a.weight"][..., 0, 0]
+    )
+
+
 def test_an_order_that_sorting_hides(tmp_path):
     """Of names that more than numbers tell apart; equal names need no order."""
     made, state_dict = dense_params("stem", "down", "mid"), torch_linears("a", "c", "b")
     weights = convert.from_torch(state_dict, made).weights["params"]
     np.testing.assert_array_equal(weights["mid"]["bias"], state_dict["b.bias"])
     by_name = jax.tree.map(lambda v: v, made)  # which sorts
-    with pytest.raises(ValueError, match=r"order of down, mid, stem.* what a Linen model's init"):
+    with pytest.raises(
+        ValueError, match=r"order of down, mid, stem.* what a Linen model's init.*pair down"
+    ):
         convert.from_torch(state_dict, by_name)
     named = torch_linears("stem", "down", "mid")
     weights = convert.from_torch(named, by_name).weights["params"]
@@ -714,10 +822,53 @@ def test_numbers_say_the_order_of_sorted_names():
         np.testing.assert_array_equal(weights[f"Dense_{i}"]["bias"], state_dict[f"{name}.bias"])
 
 
-@pytest.mark.parametrize("option", ["names", "transpose_kernel"])
+@pytest.mark.parametrize("option", ["names", "transpose_kernel", "flattened"])
 def test_options_that_are_no_mappings(option):
-    with pytest.raises(TypeError, match=f"{option} must map paths of Flax layers, got"):
-        convert.from_torch({}, dense_params("a"), **{option: ["a"]})
+    for call in (convert.from_torch, convert.to_torch):
+        args = [{}] if call is convert.from_torch else []
+        with pytest.raises(TypeError, match=f"{option} must map paths of Flax layers, got"):
+            call(*args, dense_params("a"), **{option: ["a"]})
+
+
+def test_a_flatten_that_is_not_said():
+    """A note names the layer: its inputs are a multiple of the channels."""
+    variables = kernels_of(Conv_0=(3, 3, 1, 4), Dense_0=(24, 8), Dense_1=(8, 8))
+    state_dict = weights_of(conv=(4, 1, 3, 3), fc=(8, 24), out=(8, 8))
+    told = "Dense_0 has 24 inputs.*give flattened={'Dense_0': "
+    for call in (functools.partial(convert.from_torch, state_dict), convert.to_torch):
+        report = call(variables).report
+        (note,) = [note for note in report.notes if "flattened" in note]
+        assert re.search(told, note)
+        assert not call(variables, flattened={"Dense_0": (4, 3, 2)}).report.notes
+    pooled = kernels_of(Conv_0=(3, 3, 1, 4), Conv_1=(3, 3, 4, 24), Dense_0=(24, 8))
+    assert not convert.to_torch(pooled).report.notes
+
+
+def test_a_square_kernel_that_may_be_transposed(tmp_path):
+    """A note names it where its own name speaks of upsampling."""
+    variables, state_dict = kernels_of(Conv_0=(2, 2, 3, 3)), weights_of(upconv=(3, 3, 2, 2))
+    (note,) = convert.from_torch(state_dict, variables).report.notes
+    assert note.startswith("Conv_0 and upconv are taken as a Conv")
+    for value in (True, False):
+        options = {"transpose_kernel": {"Conv_0": value}}
+        assert not convert.from_torch(state_dict, variables, **options).report.notes
+    for name, shape in (("group", (3, 3, 2, 2)), ("up", (3, 2, 2, 2))):
+        variables = kernels_of(Conv_0=(2, 2, shape[1], 3))
+        assert not convert.from_torch(weights_of(**{name: shape}), variables).report.notes
+
+
+def test_bfloat16_in_torch(tmp_path):
+    """The two ways that `to_torch` tells, bit for bit."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    kernel = draw(3, 2).astype(jnp.bfloat16)
+    path = tmp_path / "model.safetensors"
+    weights, _ = convert.to_torch({"params": {"fc": {"kernel": jnp.asarray(kernel)}}}, path)
+    viewed = torch.tensor(weights["fc.weight"].view("int16")).view(torch.bfloat16)
+    for tensor in (viewed, load_file(path)["fc.weight"]):
+        assert tensor.dtype == torch.bfloat16
+        np.testing.assert_array_equal(tensor.float().numpy(), kernel.T.astype(np.float32))
 
 
 def test_keras_h5_of_a_sequential_model(tmp_path):

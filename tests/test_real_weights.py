@@ -141,7 +141,18 @@ def test_emotions_of_keras(emotions, faces, tmp_path):
     faces = faces.astype(np.float32)  # Keras computes no more than that on JAX
     expected = np.asarray(jax.jit(lambda x: original([x]))(faces))
     template = jax.eval_shape(Emotions().init, jax.random.key(0), faces)
-    variables, report = convert.from_keras(emotions, template)
+    with pytest.raises(
+        ValueError, match=r"batch_normalization_5, batch_normalization_3.*not known"
+    ):
+        convert.from_keras(emotions, template)
+    # Keras made, and so numbered, the shortcut of each residual block first: Flax calls it last.
+    blocks = [
+        (f"BatchNorm_{i + j}", f"batch_normalization_{i + 1 + (j + 1) % 3}")
+        for i in (2, 5, 8, 11)
+        for j in range(3)
+    ]
+    options = {"names": dict(blocks)}
+    variables, report = convert.from_keras(emotions, template, **options)
     y = apply(Emotions(), as_float64(variables), faces.astype(np.float64))
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
     y = apply(Emotions(), variables, faces)
@@ -158,10 +169,10 @@ def test_emotions_of_keras(emotions, faces, tmp_path):
 
     copy, before = tmp_path / "copy.hdf5", original.get_weights()
     changed = jax.tree.map(lambda v: v * 2, variables)
-    convert.to_keras(changed, copy, like=emotions)
+    convert.to_keras(changed, copy, like=emotions, **options)
     original.load_weights(copy)
     for new, old in zip(original.get_weights(), before, strict=True):
         np.testing.assert_array_equal(new, old * 2)
-    convert.to_keras(variables, copy, like=copy)
-    again, _ = convert.from_keras(copy, template)
+    convert.to_keras(variables, copy, like=copy, **options)
+    again, _ = convert.from_keras(copy, template, **options)
     jax.tree.map(np.testing.assert_array_equal, again, variables)

@@ -1,6 +1,7 @@
 """What both frameworks share: from paired layers to the weights of either side, and the report."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jbn.convert._match import Moves, Pair, Source
 from jbn.convert._report import Converted, Report, Row
 
 NOT_FLOATING = "not a floating point parameter or statistic"
+UPSAMPLING = re.compile("(^|[^a-z])up|deconv|transpos")  # in the name of a layer
 
 
 def pair_layers(
@@ -30,9 +32,7 @@ def pair_layers(
 
     `is_sorted` says whether the sources are in the order of their names.
     """
-    for name, value in (("names", names), ("transpose_kernel", transpose_kernel)):
-        if value is not None and not isinstance(value, Mapping):
-            raise TypeError(f"{name} must map paths of Flax layers, got {_axes.describe(value)}.")
+    check_mappings(names=names, transpose_kernel=transpose_kernel)
     layers = _flax.read_layers(variables, transpose_kernel or {})
     by_name = {source.name: source for source in sources}
     left = dict.fromkeys(_flax.other_entries(variables), NOT_FLOATING)
@@ -43,6 +43,15 @@ def pair_layers(
         if known
     ]
     pairs = _match.match(layers, by_name, moves, names or {}, sides)
+    for layer, source, used, _ in pairs:
+        for move in used:
+            value = source.arrays[move.source]
+            if move.role != "count" and not _flax.is_float(value):
+                raise TypeError(
+                    f"{source.entries[move.source]} is {_axes.describe(value)}, and {move.role} of "
+                    f"{layer} takes floating point numbers: give it dequantized, or name the "
+                    "layer in leave."
+                )
     for pair in pairs:
         used = {move.source for move in pair.moves}
         left |= {
@@ -52,6 +61,13 @@ def pair_layers(
         }
     order = {path: i for i, path in enumerate(layers)}
     return sorted(pairs, key=lambda pair: order[pair.layer.path]), left
+
+
+def check_mappings(**options: Any) -> None:
+    """Checks those that are given by layer."""
+    for name, value in options.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} must map paths of Flax layers, got {_axes.describe(value)}.")
 
 
 def into_flax(
@@ -141,16 +157,30 @@ def _report(
         for pair in pairs
         for move in pair.moves
     )
-    by_order = [f"{p.layer.path} with {p.source.name}" for p in pairs if p.matched == "order"]
-    if by_order:
-        notes = (
-            *notes,
-            "Paired by their order alone, among others of the same kind and shape, which is wrong "
-            f"if they are defined and called in different orders: {', '.join(by_order)}. Check "
-            "them, or give names.",
-        )
+    notes = [*_doubts(pairs), *notes]
     options = {p.layer.path: arguments(p) for p in pairs if p.layer.kind == "BatchNorm"}
     return Report(framework, used, left, options, tuple(notes))
+
+
+def _doubts(pairs: Sequence[Pair]) -> Iterator[str]:
+    """Notes of what names and shapes leave open."""
+    by_order = [f"{p.layer.path} with {p.source.name}" for p in pairs if p.matched == "order"]
+    if by_order:
+        yield (
+            "Paired by their order alone, among others of the same kind and shape, which is wrong "
+            f"if they are defined and called in different orders: {', '.join(by_order)}. Check "
+            "them, or give names."
+        )
+    for layer, source, _, _ in pairs:
+        name = f"{layer.path} and {source.name}"
+        if layer.kind == "Conv" and not source.kind and UPSAMPLING.search(name.lower()):
+            *_, inputs, outputs = layer.arrays["kernel"].shape
+            if inputs == outputs:
+                yield (
+                    f"{name} are taken as a Conv, since with {inputs} inputs and outputs they look "
+                    "as one. If they are a ConvTranspose, give "
+                    f"transpose_kernel={{{layer.path!r}: False}}, or True as the layer has it."
+                )
 
 
 def _check_concrete(weights: Any) -> None:

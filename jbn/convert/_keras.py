@@ -46,10 +46,13 @@ def from_keras(
     """Loads Keras's weights into the variables of a Flax model.
 
     Layers are paired as in `jbn.convert.from_torch`: as `names` says, by equal names, and the
-    others by their order among layers of the same kind and shape, which is the model's in `.h5` and
-    `.keras` and that of the numbers in the names in `.weights.h5`. A layer `conv` of a model `part`
-    within the model is called `part/conv`, and a SeparableConv2D `sep` is two layers in Flax, which
-    are called `sep/depthwise` and `sep/pointwise` here.
+    others by their order among layers of the same kind and shape. That is the model's order of
+    layers in `.h5`, and in `.keras` unless the model is of a subclass. There and in `.weights.h5`
+    the names are sorted and tell the order by their numbers alone. Keras orders a model with
+    branches by depth and numbers its layers as they are made; where the two differ `names` must
+    say. A layer `conv` of a model `part` within the model is called `part/conv`, and a
+    SeparableConv2D `sep` is two layers in Flax, which are called `sep/depthwise` and
+    `sep/pointwise` here.
 
     Layouts, for any number of spatial axes:
 

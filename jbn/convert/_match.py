@@ -1,6 +1,7 @@
 """Which layer of the other framework belongs to which of Flax, and which array to which."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jbn import _axes
-from jbn.convert._flax import Layer, describe_arrays, is_float, known_names
+from jbn.convert._flax import Layer, describe_arrays, is_float, known_names, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,14 @@ class Pair(NamedTuple):
 
 
 Moves = Callable[[Layer, Source], Iterable[Sequence[Move]]]
+STATISTICS = {"mean", "var", "count"}
 OPTIONAL = ("num_batches_tracked",)
-FLAX, SOURCE = "Flax", "source"
+FLAX, SOURCE = 0, 1  # the two sides
+SORTED = {
+    FLAX: "the variables are sorted by name, as jax.eval_shape, jax.jit and NNX sort them (pass "
+    "what a Linen model's init returns)",
+    SOURCE: "the source is sorted by name, as safetensors and some files of Keras are",
+}
 
 
 def fitting(layer: Layer, source: Source, moves: Moves) -> Sequence[Move] | None:
@@ -93,9 +100,11 @@ def match(
     sources: Mapping[str, Source],
     moves: Moves,
     names: Mapping[str, str],
-    sorted_sides: Collection[str],
+    sorted_sides: Collection[int],
 ) -> list[Pair]:
     """Pairs all layers: as `names` says, then by equal names, then by order of appearance.
+
+    An order that the names or the other layers speak against is refused.
 
     Args:
         layers: of Flax, by path.
@@ -145,6 +154,7 @@ def match(
                 f"and shape it is {ordered[path]}, and not all of these have equal names: pair "
                 "them in names."
             )
+    _check_crossings(pairs + by_order, layers, sources, sorted_sides)
     return pairs + by_order
 
 
@@ -179,7 +189,9 @@ def as_array(name: str, value: Any) -> np.ndarray:
             "torch with tensor.detach().float().cpu().numpy()."
         ) from None
     if array.dtype.kind not in "fiubV" or (array.dtype.kind == "V" and not is_float(array)):
-        raise TypeError(f"the entry {name!r} must be an array of numbers, got {type(value)}.")
+        raise TypeError(
+            f"the entry {name!r} must be an array of numbers, got {_axes.describe(value)}."
+        )
     return array
 
 
@@ -240,21 +252,29 @@ def _alike(layer: Layer) -> tuple[Any, ...]:
 
 
 def _by_order(
-    layers: list[Layer], sources: list[Source], moves: Moves, sorted_sides: Collection[str]
+    layers: list[Layer], sources: list[Source], moves: Moves, sorted_sides: Collection[int]
 ) -> list[Pair]:
     """Pairs layers of one kind and shape in their order, if there are as many on both sides."""
     groups: dict[Any, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(_alike(layer), []).append(layer)
     pairs, used = [], set()
+    by_name = {source.name: source for source in sources}
     for group in groups.values():
-        fits = {s.name: fit for s in sources if (fit := fitting(group[0], s, moves)) is not None}
-        if len(fits) != len(group):
-            raise ValueError(_miscount(group, list(fits), sources))
-        by_name = {source.name: source for source in sources}
-        for side, members in ((FLAX, [layer.path for layer in group]), (SOURCE, list(fits))):
-            if side in sorted_sides and not _are_numbered(members):
-                raise ValueError(_out_of_order(side, members))
+        # A Conv of 4 to 8 features may have the shape of a ConvTranspose of 8 to 4.
+        for ways in (functools.partial(_likely, moves), moves):
+            fits = [s.name for s in sources if fitting(group[0], s, ways) is not None]
+            if len(fits) == len(group):
+                break
+        else:
+            raise ValueError(_miscount(group, fits, sources))
+        paths = [layer.path for layer in group]
+        for side, members in ((FLAX, paths), (SOURCE, fits)):
+            steps = _steps(members)
+            if False in steps:
+                raise ValueError(_out_of_order(members, "their numbers say another", paths))
+            if None in steps and side in sorted_sides:
+                raise ValueError(_out_of_order(members, SORTED[side], paths))
         for layer, name in zip(group, fits, strict=True):
             # Not the first layer's moves: they may hold its path.
             fit = fitting(layer, by_name[name], moves)
@@ -273,25 +293,72 @@ def _by_order(
     return pairs
 
 
-def _are_numbered(names: Sequence[str]) -> bool:
-    """Whether numbers alone tell the names apart, so that they say the order."""
-    for name, other in itertools.pairwise(names):
-        parts = zip(re.split("[./]", name), re.split("[./]", other), strict=False)
-        first, second = next(((a, b) for a, b in parts if a != b), ("", ""))
-        if re.sub(r"_?\d+$", "", first) != re.sub(r"_?\d+$", "", second):
-            return False
-    return True
+def _likely(moves: Moves, layer: Layer, source: Source) -> Iterable[Sequence[Move]]:
+    """The first way to convert a layer."""
+    return itertools.islice(moves(layer, source), 1)
 
 
-def _out_of_order(side: str, names: Sequence[str]) -> str:
-    """The message for layers of one kind and shape whose order is lost."""
-    why = {
-        FLAX: "the variables are sorted by name, as jax.eval_shape, jax.jit and NNX sort them: "
-        "pass what a Linen model's init returns, or pair them in names",
-        SOURCE: "the source is sorted by name, as safetensors and some files of Keras are: pair "
-        "them in names",
-    }[side]
-    return f"the order of {', '.join(names)}, of one kind and shape, is not known, as {why}."
+def _check_crossings(
+    pairs: Sequence[Pair],
+    layers: Mapping[str, Layer],
+    sources: Mapping[str, Source],
+    sorted_sides: Collection[int],
+) -> None:
+    """Checks that pairs by order alone keep their place among all others, of whatever shape.
+
+    Pairs cross if the two models make or call their layers in different orders, as where one has
+    the shortcut of a residual block first, the other last. Where numbers tell the order on both
+    sides pairs may cross others: torch modules often have all convolutions before all batch norms.
+    """
+    # Layers without parameters come last in Linen's variables, wherever they are in the model.
+    ours = [path for path, layer in layers.items() if not layer.arrays.keys() <= STATISTICS]
+    places = ({path: i for i, path in enumerate(ours)}, {name: i for i, name in enumerate(sources)})
+
+    def names(pair: Pair) -> tuple[str, str]:
+        return pair.layer.path, pair.source.name
+
+    def is_before(side: int, pair: Pair, other: Pair) -> bool | None:
+        a, b = names(pair)[side], names(other)[side]
+        if side in sorted_sides:
+            return _is_before_by_number(a, b)
+        return places[side][a] < places[side][b] if {a, b} <= places[side].keys() else None
+
+    by_order = (pair for pair in pairs if pair.matched == "order")
+    for _, members in itertools.groupby(by_order, lambda pair: _alike(pair.layer)):
+        group = list(members)
+        if all(None not in _steps(side) for side in zip(*map(names, group), strict=True)):
+            continue
+        for pair, other in itertools.product(group, pairs):
+            if {is_before(FLAX, pair, other), is_before(SOURCE, pair, other)} == {True, False}:
+                raise ValueError(
+                    f"{pair.layer.path} and {pair.source.name} would be paired by the order of "
+                    "their kind and shape, but the two models have different orders: "
+                    f"{other.layer.path} and {other.source.name} come before them in one, and "
+                    f"after them in the other. Pair {', '.join(p.layer.path for p in group)} in "
+                    "names."
+                )
+
+
+def _steps(names: Sequence[str]) -> list[bool | None]:
+    """For each name, whether its number puts it before the next."""
+    return [_is_before_by_number(*pair) for pair in itertools.pairwise(names)]
+
+
+def _is_before_by_number(name: str, other: str) -> bool | None:
+    """Whether numbers put the first name before the other; None if more tells the two apart."""
+    parts = zip(re.split("[./]", name), re.split("[./]", other), strict=False)
+    first, second = next(((a, b) for a, b in parts if a != b), ("", ""))
+    if first == second or re.sub(r"_?\d+$", "", first) != re.sub(r"_?\d+$", "", second):
+        return None
+    return natural(first) < natural(second)
+
+
+def _out_of_order(names: Sequence[str], why: str, paths: Sequence[str]) -> str:
+    """The message for layers of one kind and shape whose order is not known."""
+    return (
+        f"the order of {', '.join(names)}, of one kind and shape, is not known, as {why}: pair "
+        f"{', '.join(paths)} in names."
+    )
 
 
 def _twice(source: Source, pairs: list[Pair]) -> str:

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of every entry; prints as tables.
+    """What became of every entry; prints as the notes and tables.
 
     Attributes:
         framework: the one that is not Flax.
@@ -35,7 +35,7 @@ class Report:
         left: the entries of either side that were not converted, and why.
         arguments: for each batch norm layer of Flax, by its path, the arguments that it must have
             to compute what the other framework computes, as far as they are known.
-        notes: what else to know.
+        notes: what else to know; what may be wrong, such as layers paired by order alone, first.
     """
 
     framework: str
@@ -45,7 +45,7 @@ class Report:
     notes: tuple[str, ...]
 
     def __rich__(self) -> Group:
-        """Tables of what was used and left, and the notes."""
+        """The notes, and tables of what was used and left."""
         used = Table(self.framework, "Flax", "layout", "matched by", title="used")
         for row in self.used:
             used.add_row(*row)
@@ -60,7 +60,7 @@ class Report:
             for path, options in self.arguments.items():
                 arguments.add_row(path, ", ".join(f"{k}={v!r}" for k, v in options.items()))
             parts.append(arguments)
-        return Group(*parts, *(f"- {note}" for note in self.notes))
+        return Group(*(f"- {note}" for note in self.notes), *parts)
 
     def __str__(self) -> str:
         """The tables as text."""

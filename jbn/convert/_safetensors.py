@@ -28,7 +28,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return load_file(path)
     except FileNotFoundError:
         raise
-    except (error_type, OSError, ValueError, AttributeError) as error:
+    except AttributeError as error:
+        raise TypeError(
+            f"{path.name} holds {error.name or error}, a dtype that NumPy lacks: convert these "
+            "tensors in torch, tensor.to(torch.float32), and save the file again."
+        ) from None
+    except (error_type, OSError, ValueError) as error:
         raise ValueError(
             f"{path.name} is no whole safetensors file ({error}): fetch or save it again."
         ) from None

@@ -2,8 +2,9 @@
 
 import functools
 import math
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ def from_torch(
     the state_dict, which is that of the definition, and that of `model.init`. Names that are
     sorted, as `jax.jit`, `jax.eval_shape`, NNX and safetensors sort them, say it only where
     numbers tell them apart, Conv_0, ..., Conv_9, Conv_10; others must be given in `names`. So
-    must layers of one shape that are used in another order than they are defined in.
+    must layers of one shape that are used in another order than they are defined in. That is found
+    where numbers in the names or layers of other shapes show it, but not, say, of two equal
+    branches: check what the report names first, or the output of the model.
 
     Layouts, for any number of spatial axes:
 
@@ -69,7 +72,7 @@ def from_torch(
             where its name is not Linen's own (`ConvTranspose_0`, taken as False) and its numbers
             of inputs and outputs are equal, since the layer then looks as a Conv does.
         flattened: by path, the shape (C, H, W) that torch flattens before this Dense layer, where
-            Flax flattens (H, W, C).
+            Flax flattens (H, W, C). The report names layers whose inputs suggest it.
         epsilon: torch's `eps`, for the report: a state_dict does not hold it.
         momentum: torch's, the weight of the new statistics; the report has Flax's, 1 - momentum.
 
@@ -125,6 +128,7 @@ def from_torch(
         transpose_kernel=transpose_kernel,
     )
     notes = notes if _convert.batch_norms(pairs) else []
+    notes = [*_unflattened(pairs, flattened or {}), *notes]
 
     def arguments(pair: Pair) -> dict[str, Any]:
         counted = {"momentum": None} if "count" in pair.layer.arrays else {}
@@ -158,7 +162,8 @@ def to_torch(
 
     Returns:
         A dict of NumPy arrays, which `{k: torch.tensor(v) for k, v in weights.items()}` makes a
-        state_dict, and the report.
+        state_dict, and the report. Of bfloat16, which torch does not take from NumPy, that is
+        `torch.tensor(v.view("int16")).view(torch.bfloat16)`, or load the file that was written.
 
     Raises:
         TypeError, ValueError: as `from_torch`, before anything is written.
@@ -174,6 +179,7 @@ def to_torch(
     moves = functools.partial(_torch_layouts.moves, _check_flattened(flattened, variables))
     kept: dict[str, np.ndarray] = {}
     if like is None:
+        _convert.check_mappings(names=names, transpose_kernel=transpose_kernel)
         layers = _flax.read_layers(variables, transpose_kernel or {})
         left = dict.fromkeys(_flax.other_entries(variables), _convert.NOT_FLOATING)
         left |= _match.split_left(leave, layers, {})
@@ -191,6 +197,7 @@ def to_torch(
             transpose_kernel=transpose_kernel,
         )
     notes = [VARIANCE_OUT] if _convert.batch_norms(pairs) else []
+    notes = [*_unflattened(pairs, flattened or {}), *notes]
     weights, report = _convert.out_of_flax("torch", pairs, left, notes)
     weights = kept | weights
     if path is not None:
@@ -258,6 +265,7 @@ def _check_flattened(
     flattened: Mapping[str, Sequence[int]] | None, variables: Any
 ) -> Mapping[str, Sequence[int]]:
     """Checks that each shape has as many elements as its Dense layer has inputs."""
+    _convert.check_mappings(flattened=flattened)
     layers = _flax.read_layers(variables, {}) if flattened else {}
     for path, shape in (flattened or {}).items():
         if path not in layers or layers[path].kind != "Dense":
@@ -266,9 +274,37 @@ def _check_flattened(
                 f"flattened names {path!r}, which is no Dense layer: {_flax.known_names(dense)}."
             )
         inputs = layers[path].arrays["kernel"].shape[0]
-        if len(shape) < 2 or math.prod(shape) != inputs:
+        is_shape = isinstance(shape, Sequence) and all(
+            isinstance(n, numbers.Integral) and n > 0 for n in shape
+        )
+        if not is_shape or len(shape) < 2 or math.prod(shape) != inputs:
             raise ValueError(
-                f"flattened gives {path} the shape {tuple(shape)}, and it has {inputs} inputs: "
-                "give (C, H, W) of what torch flattens before it."
+                f"flattened gives {path} the shape {shape!r}, and it has {inputs} inputs: give "
+                "(C, H, W) of what torch flattens before it."
             )
     return flattened or {}
+
+
+def _unflattened(pairs: Sequence[Pair], flattened: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """Notes of Dense layers that may follow a flatten of which `flattened` does not say.
+
+    Their number of inputs is a multiple of a convolution's channels, and no other layer's features.
+    """
+    features = {
+        layer.path: {value.shape[-1] for value in layer.arrays.values()} for layer, *_ in pairs
+    }
+    channels = set[int]().union(
+        *(features[layer.path] for layer, *_ in pairs if "Conv" in layer.kind)
+    )
+    for layer, *_ in pairs:
+        if layer.kind != "Dense" or layer.path in flattened:
+            continue
+        inputs = layer.arrays["kernel"].shape[0]
+        others = (found for path, found in features.items() if path != layer.path)
+        is_multiple = any(1 < c < inputs and inputs % c == 0 for c in channels)
+        if is_multiple and not any(inputs in found for found in others):
+            yield (
+                f"{layer.path} has {inputs} inputs, which no layer has as its features: if torch "
+                f"flattens (C, H, W) before it, give flattened={{{layer.path!r}: (C, H, W)}}, or "
+                "its inputs are in another order than in Flax."
+            )
