@@ -741,9 +741,9 @@ def test_an_order_that_other_layers_deny():
 def test_an_order_that_numbers_confirm():
     """All layers of one shape before those of another, where Flax has them in turns."""
     variables = kernels_of(Dense_0=(3, 3), Dense_1=(2, 2), Dense_2=(3, 3), Dense_3=(2, 2))
-    state_dict = weights_of(conv1=(3, 3), conv2=(3, 3), fc1=(2, 2), fc2=(2, 2))
+    state_dict = weights_of(conv1=(3, 3), conv2=(3, 3), bn1=(2, 2), bn2=(2, 2))
     weights = convert.from_torch(state_dict, variables).weights["params"]
-    for path, name in zip(variables["params"], ("conv1", "fc1", "conv2", "fc2"), strict=True):
+    for path, name in zip(variables["params"], ("conv1", "bn1", "conv2", "bn2"), strict=True):
         np.testing.assert_array_equal(weights[path]["kernel"], state_dict[f"{name}.weight"].T)
     # Statistics alone, which Linen has after all parameters.
     norms = {name: {"mean": jnp.ones(2), "var": jnp.ones(2)} for name in ("stem_norm", "end_norm")}
@@ -760,6 +760,7 @@ def test_an_order_that_numbers_deny(keras, tmp_path):
     """Keras lists the layers of branches by depth, and numbers them as they are made."""
     with pytest.raises(ValueError, match=r"order of fc2, fc1, .*numbers say another: pair a, b in"):
         convert.from_torch(torch_linears("fc2", "fc1"), dense_params("a", "b"))
+    convert.from_torch(torch_linears("fc", "fc.out"), dense_params("a", "b"))  # without numbers
     x = keras.Input((2,))
     branches = []
     for i in range(2):
@@ -841,7 +842,9 @@ def test_a_flatten_that_is_not_said():
         assert re.search(told, note)
         assert not call(variables, flattened={"Dense_0": (4, 3, 2)}).report.notes
     pooled = kernels_of(Conv_0=(3, 3, 1, 4), Conv_1=(3, 3, 4, 24), Dense_0=(24, 8))
+    one_channel = kernels_of(Conv_0=(3, 3, 4, 1), Dense_0=(24, 8))
     assert not convert.to_torch(pooled).report.notes
+    assert not convert.to_torch(one_channel).report.notes
 
 
 def test_a_square_kernel_that_may_be_transposed(tmp_path):

@@ -52,12 +52,11 @@ def pair_layers(
                     f"{layer} takes floating point numbers: give it dequantized, or name the "
                     "layer in leave."
                 )
-    for pair in pairs:
-        used = {move.source for move in pair.moves}
+        unused = source.entries.keys() - {move.source for move in used}
         left |= {
-            entry: "the Flax layer keeps no count of updates, as it would with momentum=None"
-            for role, entry in pair.source.entries.items()
-            if role not in used
+            source.entries[role]: "the Flax layer keeps no count of updates, as it would with "
+            "momentum=None"
+            for role in unused
         }
     order = {path: i for i, path in enumerate(layers)}
     return sorted(pairs, key=lambda pair: order[pair.layer.path]), left

@@ -385,19 +385,16 @@ def _miscount(group: list[Layer], fits: list[str], sources: list[Source]) -> str
 
 def _difference(layer: Layer, source: Source, moves: Moves) -> str:
     """What does not fit."""
-    candidates = list(moves(layer, source))
-    if not candidates and source.kind == "ConvTranspose" and layer.kind == "Conv":
+    likely = next(iter(moves(layer, source)), ())
+    if not likely and source.kind == "ConvTranspose" and layer.kind == "Conv":
         return f"if {layer.path} is a ConvTranspose, say transpose_kernel={{{layer.path!r}: False}}"
-    if not candidates:
-        return "they are of different kinds"
-    for move in candidates[0]:
+    for move in likely:
         if move.source not in source.arrays:
             return f"the source has no {move.source} for {move.role}{_hint(move.role, False)}"
-    used = {move.source for move in candidates[0]}
     for role in source.arrays:
-        if role not in used and role not in OPTIONAL:
+        if likely and role not in (*OPTIONAL, *(move.source for move in likely)):
             return f"Flax has nothing for {role}{_hint(role, True)}"
-    for move in candidates[0]:
+    for move in likely:
         if not _fits(move, layer, source):
             ours, theirs = layer.arrays[move.role], source.arrays[move.source]
             return (
