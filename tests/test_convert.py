@@ -204,11 +204,12 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        dense = functools.partial(nn.Dense, 4, kernel_init=nn.initializers.zeros)
         for _ in range(6):
-            x = nn.Dense(4)(x)
-        x = nn.Dense(4, use_bias=False, name="between")(x)
+            x = dense()(x)
+        x = dense(use_bias=False, name="between")(x)
         for _ in range(6):
-            x = nn.Dense(4)(x)
+            x = dense()(x)
         return x
 
 
@@ -258,9 +259,10 @@ class Network(nnx.Module):
     """With other state than parameters and statistics."""
 
     def __init__(self, rngs):
-        self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
+        zeros = {"kernel_init": nn.initializers.zeros, "rngs": rngs}
+        self.conv = nnx.Conv(2, 3, (3, 3), **zeros)
         self.norm = jbn.nnx.BatchNorm(3, rngs=rngs)
-        self.head = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(3, 4, rngs=rngs))
+        self.head = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(3, 4, **zeros))
 
 
 def test_nnx():
@@ -289,7 +291,7 @@ def test_boxes_of_metadata_stay():
 
 def test_leave():
     """What is left keeps the template's values, and in the state_dict its own."""
-    model = nn.Sequential([nn.Dense(3), nn.Dense(2)])
+    model = nn.Sequential([nn.Dense(n, kernel_init=nn.initializers.ones) for n in (3, 2)])
     made = model.init(jax.random.key(0), draw(1, 4))
     state_dict = {"body.weight": draw(3, 4), "body.bias": draw(3)}
     state_dict |= {"fc.weight": draw(7, 3), "fc.bias": draw(7)}

@@ -223,9 +223,9 @@ def test_shapes_and_dtypes(tmp_path, x, batch_axis, expected):
 
 def test_any_file_of_jax_export_is_read(tmp_path):
     """One with derivatives too."""
-    model = nnx_model()
+    model = MODELS["folded-float32"]()
     x = jnp.asarray(INPUTS[5])
-    content = jax.export.export(jax.jit(lambda x: model(x)))(x).serialize(vjp_order=1)
+    content = jax.export.export(jax.jit(model))(x).serialize(vjp_order=1)
     (tmp_path / "f").write_bytes(content)
     predict = jbn.export.load(tmp_path / "f")
     dx = jax.grad(lambda x: jnp.sum(predict(x) ** 2))(x)
