@@ -1,4 +1,4 @@
-"""What the experiments share: real data, checked, and the flags and files of a script.
+"""What the experiments share: real data, checked, and flags, checkpoints and files.
 
     from common import add_data_flags, dataset_of, output_folder, write_whole
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orbax.checkpoint as ocp
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -289,6 +290,10 @@ def _check_md5(what: str, content: bytes, expected: str) -> None:
         raise DataError(f"{what} must have the md5 {expected} (uncompressed), not {md5}")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description as it is written."""
+
+
 def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds --dataset and --data-dir, which `dataset_of` takes.
 
@@ -334,6 +339,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number that NumPy, Grain and `jax.random.key` take as a seed, for argparse."""
+    if not text.isdecimal() or not int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^32 - 1, not {text!r}")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """A finite number above 0, for argparse."""
     try:
@@ -353,6 +365,78 @@ def output_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     except OSError as error:
         parser.error(f"--output must be a folder that can be created and written: {error}")
     return args.output
+
+
+def checkpoints(folder: Path) -> ocp.CheckpointManager:
+    """Keeps the last two checkpoints in a folder, each whole or not there."""
+    return ocp.CheckpointManager(
+        folder.absolute(),  # Orbax refuses a relative one
+        options=ocp.CheckpointManagerOptions(max_to_keep=2),
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    settings: dict[str, Any],
+    results: Any = None,
+) -> None:
+    """Saves what `restore` restores.
+
+    Args:
+        manager: of the checkpoints.
+        step: how far the run is.
+        state: a tree of arrays.
+        settings: all that decides the run, as JSON can hold it, by the names of the flags.
+        results: what came out until then, as JSON can hold it.
+    """
+    metadata = {"settings": settings, "results": results}
+    manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=metadata)
+    # Nothing that changes meanwhile is written, and no error comes late.
+    manager.wait_until_finished()
+
+
+def restore(
+    parser: argparse.ArgumentParser,
+    manager: ocp.CheckpointManager,
+    state: Any,
+    settings: dict[str, Any],
+) -> tuple[Any, Any, int]:
+    """The last checkpoint: its state, its results and its step.
+
+    Args:
+        parser: tells of a checkpoint that does not fit.
+        manager: of the checkpoints.
+        state: how the state is laid out; returned, with None and 0, where there is no checkpoint.
+        settings: those of this run, which the checkpoint must have too.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return state, None, 0
+    path = manager.directory / f"{step}"
+    try:
+        metadata = manager.metadata(step).custom_metadata or {}
+        saved, results = metadata["settings"], metadata["results"]
+        if saved != settings:
+            names = [
+                name for name in {**settings, **saved} if saved.get(name) != settings.get(name)
+            ]
+            was, now = (
+                " ".join(f"--{name.replace('_', '-')} {of.get(name)}" for name in names)
+                for of in (saved, settings)
+            )
+            parser.error(
+                f"--output: {path} was saved with {was}, not {now}; go on with the flags of that "
+                "run, or choose another folder"
+            )
+        return manager.restore(step, args=ocp.args.StandardRestore(state)), results, step
+    except Exception as error:  # Orbax has no one kind for what is damaged or not its own
+        parser.error(
+            f"--output: {path} is damaged, or not of this script ({type(error).__name__}); move it "
+            "away to go on from the one before, or choose another folder"
+        )
 
 
 def write_whole(path: Path, content: bytes) -> None:
