@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import math
+import shlex
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +150,8 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
 
 def how_to_get(name: str, data_dir: Path) -> str:
     """The commands that fetch a data set."""
-    return f"To get {name}:\n\n{DATASETS[name].commands.format(folder=data_dir / name)}\n"
+    folder = shlex.quote(f"{data_dir / name}")
+    return f"To get {name}:\n\n{DATASETS[name].commands.format(folder=folder)}\n"
 
 
 def _load_digits() -> Dataset:

@@ -493,7 +493,7 @@ def figure(results: dict[str, Any]) -> bytes:
         f"{results['seeds']} seeds)"
     )
     png = io.BytesIO()
-    fig.savefig(png, format="png", dpi=150)
+    fig.savefig(png, format="png", dpi=110)
     return png.getvalue()
 
 
