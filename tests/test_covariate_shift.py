@@ -1,0 +1,267 @@
+"""The experiment of the paper's Figure 1, for a few steps on the digits."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import covariate_shift
+import jax
+import numpy as np
+import pytest
+from common import load_dataset
+from covariate_shift import LAYERS, UNITS, Measured, SigmoidNet
+
+pytestmark = pytest.mark.standard_jax
+
+HUGE_RATE = 1e38  # a step of it overflows float32
+FLAGS = ["--dataset", "digits", "--steps", "24", "--check-every", "8", "--seeds", "2"]
+FLAGS += ["--init-std", "0.1", "--learning-rates", f"{HUGE_RATE}", "1"]
+CHECKS, SEEDS = 3, 2
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "examples/results"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run: its folder and its results."""
+    folder = tmp_path_factory.mktemp("run") / "new" / "folder"
+    covariate_shift.main([*FLAGS, "--output", str(folder)])
+    results = json.loads((folder / "covariate_shift.json").read_text())
+    return SimpleNamespace(folder=folder, results=results)
+
+
+def test_results(run):
+    results = run.results
+    settings = {"dataset": "digits", "steps": 24, "check_every": 8, "batch_size": 60, "seeds": 2}
+    settings |= {"init_std": 0.1, "learning_rates": [1.0, HUGE_RATE], "shown_learning_rate": 1.0}
+    assert results == settings | {"networks": results["networks"]}
+    assert list(results["networks"]) == ["plain", "batch norm"]
+    for network in results["networks"].values():
+        accuracy = np.array(network["test_accuracy"])
+        assert accuracy.shape == (2, 1 + CHECKS, SEEDS)
+        assert (accuracy >= 0).all()
+        assert (accuracy <= 1).all()
+        percentiles = np.array(network["percentiles"])
+        assert percentiles.shape == (1 + CHECKS, 3)
+        assert (np.diff(percentiles) > 0).all()
+        for key in ("mean_moves", "std_moves"):
+            moved = np.array(network[key])
+            assert moved.shape == (CHECKS, SEEDS, LAYERS)
+            assert (moved > 0).all()
+        assert max(network["last_loss"][0]) < 2.5
+    # Batch norm begins with inputs of mean 0 and variance 1, and learns sooner.
+    plain, batch_norm = results["networks"].values()
+    assert np.abs(np.array(batch_norm["percentiles"][0]) - [-1, 0, 1]).max() < 0.3
+    assert max(batch_norm["last_loss"][0]) < min(plain["last_loss"][0])
+
+
+def test_divergence_is_a_result(run):
+    assert [n["last_loss"][1] for n in run.results["networks"].values()] == 2 * [[None, None]]
+    for network in run.results["networks"].values():
+        assert np.array(network["test_accuracy"])[1, 1:].max() < 0.2
+    text = accuracy_text(run.results)
+    assert re.search(r"1e\+38 +│ batch norm .* >24 +│ +nan +│ 2 of 2", text)
+
+
+def accuracy_text(results):
+    console = covariate_shift.Console(width=120, highlight=False)
+    with console.capture() as capture:
+        console.print(covariate_shift.accuracy_table(results))
+        console.print(covariate_shift.moves_table(results))
+    return capture.get()
+
+
+def test_files(run):
+    names = sorted(path.name for path in run.folder.iterdir())
+    assert names == ["checkpoints", "covariate_shift.json", "covariate_shift.png"]
+    png = (run.folder / "covariate_shift.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png.endswith(b"IEND\xaeB`\x82")
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 7])
+def test_resume_is_exact(run, tmp_path, monkeypatch, capsys, interrupted_at):
+    """In the middle of a run, and in one of another network, with a check that was not saved."""
+    monkeypatch.setattr(covariate_shift, "SAVE_EVERY", 2)
+    monkeypatch.setattr(covariate_shift, "figure", lambda results: b"")  # for time
+    train_steps, calls = covariate_shift.train_steps, []
+
+    def interrupted(*args):
+        if len(calls) == interrupted_at:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return train_steps(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(covariate_shift, "train_steps", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            covariate_shift.main([*FLAGS, "--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    covariate_shift.main([*FLAGS, "--output", str(tmp_path)])
+    done = interrupted_at // 2 * 2
+    assert (
+        f"Restored {done} of 12 checks from {tmp_path / 'checkpoints'}" in capsys.readouterr().out
+    )
+    expected = (run.folder / "covariate_shift.json").read_bytes()
+    assert (tmp_path / "covariate_shift.json").read_bytes() == expected
+
+
+def test_finished_run_is_only_shown(run, monkeypatch):
+    expected = (run.folder / "covariate_shift.json").read_bytes()
+    monkeypatch.setattr(covariate_shift, "train_steps", None)  # calling it would be a TypeError
+    covariate_shift.main([*FLAGS, "--output", str(run.folder)])
+    assert (run.folder / "covariate_shift.json").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "32"], "was saved with --steps 24, not --steps 32;"),
+        (["--learning-rates", "2"], "--learning-rates [1.0, 1e+38], not --learning-rates [2.0];"),
+    ],
+)
+def test_checkpoint_of_other_settings(run, flags, message, monkeypatch, capsys):
+    before = (run.folder / "covariate_shift.json").read_bytes()
+    monkeypatch.setattr(covariate_shift, "train_steps", None)
+    with pytest.raises(SystemExit) as exit_info:
+        covariate_shift.main([*FLAGS, *flags, "--output", str(run.folder)])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert (run.folder / "covariate_shift.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "25"], "--check-every must divide --steps, 25, not 8"),
+        (["--steps", "0"], "must be a whole number from 1 to 2^31 - 1, not '0'"),
+        (["--learning-rates", "0.1", "-1"], "must be a finite number above 0, not '-1'"),
+        (["--init-std", "nan"], "must be a finite number above 0, not 'nan'"),
+        (["--dataset", "mnist", "--data-dir", "{tmp}"], "--dataset mnist: no folder {tmp}/mnist"),
+        (["--output", "{tmp}/file"], "--output must be a folder that can be created and written"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(covariate_shift, "train_steps", None)
+    (tmp_path / "file").touch()
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit) as exit_info:
+        covariate_shift.main([*FLAGS, "--output", str(tmp_path / "out"), *flags])
+    assert exit_info.value.code == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        covariate_shift.main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert "Figure 1 of Ioffe and Szegedy" in text
+    assert text.count("(default:") == 8
+
+
+@pytest.fixture(scope="module")
+def untrained(run):
+    """Networks without and with batch norm; the same as in the run, so that nothing compiles."""
+    images = load_dataset("digits", Path()).train_images > 127
+    keys = jax.random.split(jax.random.key(3), SEEDS)
+    nets = [SigmoidNet(batch_norm, init_std=0.1) for batch_norm in (False, True)]
+    return [(net, covariate_shift.init(net, keys, images)) for net in nets]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_measured(untrained, batch_norm):
+    """Against NumPy, layer by layer, with batches that normalize themselves."""
+    data = load_dataset("digits", Path())
+    images, labels = data.test_images > 127, data.test_labels
+    net, variables = untrained[batch_norm]
+    found = covariate_shift.measure(net, variables, images, labels)
+    layers = (SEEDS, LAYERS, UNITS)
+    assert [a.shape for a in found] == [(SEEDS,), layers, layers, (SEEDS, UNITS, 3)]
+
+    params = jax.tree.map(lambda a: np.asarray(a[1], np.float64), variables["params"])
+    at_test = images.reshape(450, 64).astype(float)
+    probe = at_test[:420]  # 7 whole batches of 60
+    for layer in range(LAYERS):
+        dense = params[f"Dense_{layer}"]
+        probe, at_test = (x @ dense["kernel"] + dense.get("bias", 0) for x in (probe, at_test))
+        if batch_norm:
+            batches = probe.reshape(7, 60, UNITS)
+            mean, var = (f(batches, axis=1, keepdims=True) for f in (np.mean, np.var))
+            probe = ((batches - mean) / np.sqrt(var + 1e-5)).reshape(420, UNITS)
+            at_test = at_test / np.sqrt(1 + 1e-5)  # by the statistics before any step
+        np.testing.assert_allclose(found.mean[1, layer], probe.mean(0), atol=1e-5)
+        np.testing.assert_allclose(found.std[1, layer], probe.std(0), rtol=1e-4)
+        if layer == LAYERS - 1:
+            expected = np.percentile(probe, [15, 50, 85], axis=0).T
+            np.testing.assert_allclose(found.percentiles[1], expected, atol=1e-4)
+        probe, at_test = (1 / (1 + np.exp(-x)) for x in (probe, at_test))
+    last = params[f"Dense_{LAYERS}"]
+    logits = at_test @ last["kernel"] + last["bias"]
+    assert found.accuracy[1] == pytest.approx((logits.argmax(-1) == labels).mean())
+
+
+def test_moves():
+    """Of 4 checks, 2 seeds, 3 layers and 5 units, by hand."""
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=(4, 2, 3, 5)), rng.uniform(0.5, 2, (4, 2, 3, 5))
+    of_mean, of_std = covariate_shift.moves(Measured(None, mean, std, None))
+    assert of_mean.shape == of_std.shape == (3, 2, 3)
+    for check, seed, layer in np.ndindex(3, 2, 3):
+        means, stds = [], []
+        for unit in range(5):
+            (m0, m1), (s0, s1) = (a[check : check + 2, seed, layer, unit] for a in (mean, std))
+            means.append(abs(m1 - m0) / ((s0**2 + s1**2) / 2) ** 0.5)
+            stds.append(abs(np.log(s1) - np.log(s0)))
+        assert of_mean[check, seed, layer] == pytest.approx(sorted(means)[2])
+        assert of_std[check, seed, layer] == pytest.approx(sorted(stds)[2])
+
+
+def test_moves_of_what_diverged():
+    std = np.ones((3, 1, 1, 3))
+    std[1] = np.nan
+    std[2] = 0
+    of_mean, of_std = covariate_shift.moves(Measured(None, np.zeros_like(std), std, None))
+    assert np.isnan(of_mean).all()
+    assert covariate_shift.rounded(of_std) == [[[None]], [[None]]]
+
+
+def test_typical_unit():
+    """Medians that travel 6, 1 and 3, however far they end up, and however the others move."""
+    medians = np.array([[0, 0, 0], [3, 0.5, 3], [0, 1, 3]])
+    highs = medians + np.array([[1], [100], [1]])
+    percentiles = np.stack([medians - [9, 0, 5], medians, highs], axis=-1)
+    assert covariate_shift.typical_unit(percentiles) == 2
+
+
+def test_steps_to_target():
+    accuracies = np.array([[0.1, 0.1, 0.1], [0.95, 0.9, 0.3], [0.99, 0.96, 0.94]])
+    steps = covariate_shift.steps_to_target(accuracies, check_every=500)
+    assert steps.tolist() == [500, 1000, np.inf]
+    assert covariate_shift.spread(steps, "g", limit=1000) == "1000 (500 to >1000)"
+    assert covariate_shift.spread(np.array([2.0, 2.0]), ".1f") == "2.0"
+
+
+def test_layers(untrained):
+    """Batch norm before each sigmoid, no bias in front of it, small Gaussian weights."""
+    plain, batch_norm = (variables["params"] for _, variables in untrained)
+    norms = {f"BatchNorm_{i}" for i in range(3)}
+    assert set(batch_norm) == norms | {f"Dense_{i}" for i in range(4)}
+    assert [set(batch_norm[f"Dense_{i}"]) for i in range(3)] == 3 * [{"kernel"}]
+    assert set(batch_norm["Dense_3"]) == {"kernel", "bias"}
+    for name, dense in plain.items():
+        np.testing.assert_array_equal(dense["kernel"], batch_norm[name]["kernel"])
+        assert not np.any(dense["bias"])
+    assert plain["Dense_0"]["kernel"].shape == (SEEDS, 64, 100)
+    assert np.std(plain["Dense_0"]["kernel"]) == pytest.approx(0.1, rel=0.02)
+
+
+def test_figure_where_all_diverged(run):
+    nothing = json.loads(json.dumps(run.results))
+    for network in nothing["networks"].values():
+        for key in ("percentiles", "mean_moves", "std_moves", "last_loss"):
+            network[key] = np.full(np.shape(network[key]), None).tolist()
+    assert covariate_shift.figure(nothing).endswith(b"IEND\xaeB`\x82")
+    assert "nan" in accuracy_text(nothing)
