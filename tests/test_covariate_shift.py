@@ -265,3 +265,69 @@ def test_figure_where_all_diverged(run):
             network[key] = np.full(np.shape(network[key]), None).tolist()
     assert covariate_shift.figure(nothing).endswith(b"IEND\xaeB`\x82")
     assert "nan" in accuracy_text(nothing)
+
+
+def cells(table):
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_readme_figures():
+    """They are those of the committed runs."""
+    section = (ROOT / "examples/README.md").read_text().split("## Internal covariate shift\n")[1]
+    section = section.split("\n## ")[0]
+    small, large = (
+        json.loads((RESULTS / f"covariate_shift{suffix}.json").read_text())
+        for suffix in ("", "_std0.1")
+    )
+    lines = (line for line in section.splitlines() if line.startswith("|"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    accuracies = [cells(covariate_shift.accuracy_table(results)) for results in (small, large)]
+    expected = [[*a[:4], *b[2:4]] for a, b in zip(*accuracies, strict=True)]
+    assert rows[2:12] == expected
+    for shown, results in ((rows[14:20], small), (rows[22:28], large)):
+        assert shown == cells(covariate_shift.moves_table(results))
+    assert len(rows) == 28
+    assert rows[12][0] == f"std 0.01, learning rate {small['shown_learning_rate']:g}"
+    assert rows[20][0] == f"std 0.1, learning rate {large['shown_learning_rate']:g}"
+
+    text = " ".join(section.split())
+
+    def moved(results, key, checks):
+        """Median [layers] of the plain network and of that with batch norm."""
+        found = (np.array(network[key], float) for network in results["networks"].values())
+        return [np.median(values[checks], axis=(0, 1)) for values in found]
+
+    def times(results, checks):
+        plain, batch_norm = moved(results, "mean_moves", checks)
+        low, high = (f(plain / batch_norm) for f in (np.min, np.max))
+        return f"{low:.0f} to {high:.0f} times"
+
+    early, late = slice(10), slice(10, None)
+    assert f"move {times(small, early)} as far, and later {times(small, late)}" in text
+    assert f"still move {times(large, early)} as far in the first 5000 steps" in text
+    plain, batch_norm = moved(small, "std_moves", slice(1))
+    assert "move by {:.1f}, {:.1f} and {:.1f} in its".format(*plain) in text
+    assert f"batch norm by {min(batch_norm):.1f} to {max(batch_norm):.1f}" in text
+    for results in (small, large):
+        plain, batch_norm = moved(results, "std_moves", late)
+        assert (plain < batch_norm)[:2].all()
+    plain, batch_norm = moved(large, "mean_moves", slice(60, None))
+    assert max(plain) < 1.1 * max(batch_norm)
+
+    medians = {
+        name: [
+            100 * np.median(np.array(results["networks"][name]["test_accuracy"])[:, -1], axis=-1)
+            for results in (small, large)
+        ]
+        for name in small["networks"]
+    }
+    ends = [f"{f(medians[n]):.1f}" for n in ("batch norm", "plain") for f in (np.min, np.max)]
+    assert "from {} to {} %, and the plain network from {} to {} %".format(*ends) in text
+    widths = [
+        f"{high - low:.1f}"
+        for network in small["networks"].values()
+        for low, _, high in (network["percentiles"][1], network["percentiles"][-1])
+    ]
+    assert "from {} to {} without batch norm, and from {} to {} with".format(*widths) in text
+    plain, batch_norm = (np.median(n["last_loss"][2]) for n in large["networks"].values())
+    assert f"its loss is {plain:.2g}, with batch norm {batch_norm:.2g}" in text
