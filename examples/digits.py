@@ -13,8 +13,6 @@ import argparse
 import functools
 import io
 import json
-import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
+from common import output_folder, positive_float, positive_int, write_whole
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
@@ -301,34 +300,6 @@ def figure(learning_rates: Sequence[float], accuracies: dict[str, np.ndarray]) -
     return png.getvalue()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def positive_int(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
-    return value
-
-
 def parse_args(argv: Sequence[str] | None, batch_size_limit: int) -> argparse.Namespace:
     """The flags, checked; the output folder is there and can be written afterwards."""
     parser = argparse.ArgumentParser(
@@ -361,11 +332,7 @@ def parse_args(argv: Sequence[str] | None, batch_size_limit: int) -> argparse.Na
             f"--batch-size must be at most {batch_size_limit}, the number of training images, "
             f"not {args.batch_size}"
         )
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output).close()
-    except OSError as error:
-        parser.error(f"--output must be a folder that can be created and written: {error}")
+    output_folder(parser, args)
     return args
 
 

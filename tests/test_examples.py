@@ -137,9 +137,9 @@ def test_digits_traces_once_per_network(digits_run):
 @pytest.mark.parametrize(
     ("flags", "allowed"),
     [
-        (["--epochs", "0"], "must be a whole number, 1 or more, not '0'"),
-        (["--seeds", "two"], "must be a whole number, 1 or more, not 'two'"),
-        (["--batch-size", "-3"], "must be a whole number, 1 or more, not '-3'"),
+        (["--epochs", "0"], "must be a whole number from 1 to 2^31 - 1, not '0'"),
+        (["--seeds", "two"], "must be a whole number from 1 to 2^31 - 1, not 'two'"),
+        (["--batch-size", "-3"], "must be a whole number from 1 to 2^31 - 1, not '-3'"),
         (["--batch-size", "1348"], "at most 1347, the number of training images, not 1348"),
         (["--learning-rates", "0.1", "-1"], "must be a finite number above 0, not '-1'"),
         (["--learning-rates", "nan"], "must be a finite number above 0, not 'nan'"),
@@ -169,17 +169,6 @@ def test_digits_output_that_cannot_be_a_folder(examples, tmp_path, monkeypatch, 
         assert "--output must be a folder that can be created and written" in error
     assert list(tmp_path.iterdir()) == [taken]
     assert taken.read_text() == "a file"
-
-
-def test_write_whole_or_not_at_all(examples, tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    examples.digits.write_whole(path, b"new")
-    assert path.read_text() == "new"
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match="taken"):
-        examples.digits.write_whole(tmp_path / "taken", b"new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
 
 
 def test_epochs_to_target(examples):
