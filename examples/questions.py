@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import Digits, State, accuracy, init_state, load, positive_int, train_epoch
+from common import positive_int
+from digits import Digits, State, accuracy, init_state, load, train_epoch
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table

@@ -249,7 +249,7 @@ def test_questions_biases(questions_run):
 @pytest.mark.parametrize(
     ("flags", "allowed"),
     [
-        (["--epochs", "0"], "must be a whole number, 1 or more, not '0'"),
+        (["--epochs", "0"], "must be a whole number from 1 to 2^31 - 1, not '0'"),
         (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, not -1"),
         (["--seed", "x"], "invalid int value: 'x'"),
     ],
