@@ -4,13 +4,15 @@ Data by Grain, augmented by padding, cropping and mirroring; SGD with Nesterov m
 cosine decay, and weight decay on all but batch norm's parameters; checkpoints by Orbax; logs for
 TensorBoard; one batch over all devices.
 
-    pip install -e ".[examples]"
+    pip install -e ".[examples]" tensorboard
     python examples/cifar_resnet.py --data-dir data
     tensorboard --logdir results/cifar_resnet/tensorboard
 
-Killed at any moment, the same command goes on from the last checkpoint with the losses that would
-have been (on a GPU, set XLA_FLAGS=--xla_gpu_deterministic_ops=true for the very same bits). A run
-that diverges is reported as a result, and its last good checkpoint stays.
+The defaults are for the accuracy of He et al. 2015, which takes an accelerator; on two cores,
+`--epochs 8` takes about 20 minutes. Killed at any moment, the same command goes on from the last
+checkpoint with the losses that would have been (on a GPU, to the bit only with
+XLA_FLAGS=--xla_gpu_deterministic_ops=true). A run that diverges is reported as a result, and its
+last good checkpoint is kept.
 """
 
 import argparse
