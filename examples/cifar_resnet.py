@@ -375,6 +375,7 @@ def train(
                 writer.add_histogram(f"batch_stats/{path}", np.asarray(values), step)
             state = state.replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
         if saves:
+            writer.flush()  # what is logged until here is not logged again
             save(manager, step, state, settings, epochs)
     manager.close()
     writer.close()

@@ -33,7 +33,7 @@ TINY = functools.partial(cifar_resnet.ResNet, (1,), 8)
 EPOCHS, BATCH_SIZE, RATE, SMOOTHING = 2, 64, 0.3, 0.1
 EPOCH_STEPS = 1347 // BATCH_SIZE
 STEPS = EPOCHS * EPOCH_STEPS
-LOG_EVERY, SAVE_EVERY = 6, 15
+LOG_EVERY, SAVE_EVERY, KILLED_AT = 6, 13, 39
 FLAGS = ["--dataset", "digits", "--epochs", f"{EPOCHS}", "--batch-size", f"{BATCH_SIZE}"]
 FLAGS += ["--learning-rate", f"{RATE}", "--label-smoothing", f"{SMOOTHING}"]
 FLAGS += ["--checkpoint-every", f"{SAVE_EVERY}"]
@@ -47,7 +47,7 @@ save = ocp.CheckpointManager.save
 
 def save_and_die(self, step, *args, **kwargs):
     save(self, step, *args, **kwargs)  # in the background
-    if step == 30:
+    if step == test.KILLED_AT:
         os.kill(os.getpid(), signal.SIGKILL)
 
 ocp.CheckpointManager.save = save_and_die
@@ -262,13 +262,16 @@ def test_resumes_after_a_kill(whole_run, cache, tmp_path):
     assert not (folder / "cifar_resnet.json").exists()
     resumed = run(folder)
     start = int(re.search(rf"Restored step (\d+) of {STEPS} ", resumed.stdout)[1])
-    assert start in (SAVE_EVERY, 2 * SAVE_EVERY)
+    assert start in (KILLED_AT - SAVE_EVERY, KILLED_AT)  # both after the first epoch
     assert len(resumed.steps) == STEPS - start
     assert results(folder) == results(whole_run.folder)
     before, after = (checkpoint(f, STEPS) for f in (whole_run.folder, folder))
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    purges = [e.step for e in events(folder) if e.session_log.status == SessionLog.START]
+    found = events(folder)
+    purges = [event.step for event in found if event.session_log.status == SessionLog.START]
     assert purges == [1, start + 1]
+    logged = {step for step, _ in values(found, "train/loss")}
+    assert logged == {*range(LOG_EVERY, STEPS + 1, LOG_EVERY)}
 
 
 def test_goes_on_where_nothing_is_left(whole_run, tmp_path):
