@@ -156,7 +156,7 @@ def train(
     steps = epochs * (len(data.train_labels) // size)
     # With momentum 0 the running statistics are those of the last batch, to be averaged here.
     net = NETWORKS[network](batch_norm, momentum=0.0)
-    variables, _ = init(net, jax.random.key(seed), data.train_images)
+    variables, _ = init(net, seed, data.train_images)
     averages = dict.fromkeys(MOMENTA, variables["batch_stats"]) if batch_norm else {}
     loss: Any = None
     for variables, loss in training(  # noqa: B007
@@ -253,7 +253,7 @@ def figure(results: Mapping[str, Any]) -> bytes:
     settings = results["settings"]
     sizes = settings["batch_sizes"]
     fig = matplotlib.figure.Figure(figsize=(12, 8), layout="constrained")
-    top, bottom = fig.subplots(2, 2, sharex=True, sharey="row")
+    top, bottom = fig.subplots(2, len(NETWORKS), squeeze=False, sharex=True, sharey="row")
     styles = {
         "plain": ("tab:red", "s", "no batch norm"),
         "exact": ("black", "o", "batch norm, exact statistics"),
@@ -329,8 +329,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     dataset = dataset_of(args, parser)
     sizes, limit = sorted(set(args.batch_sizes)), len(dataset.train_labels)
-    if sizes[0] < 2 or sizes[-1] > limit:
-        parser.error(f"--batch-sizes must be from 2, one image has no variance, to {limit}")
+    for size in sizes:
+        if not 2 <= size <= limit:
+            parser.error(
+                f"--batch-sizes must be from 2, as one image has no variance, to {limit}, the "
+                f"images to train on, not {size}"
+            )
     settings = {"dataset": dataset.name, "epochs": args.epochs, "batch_sizes": sizes}
     path = output_folder(parser, args) / "batch_size.json"
     results = read_results(parser, path, settings | {"seeds": args.seeds})

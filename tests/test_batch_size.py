@@ -1,0 +1,281 @@
+"""`examples/batch_size.py` on the real digits."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import batch_size
+import common
+import common_training
+import numpy as np
+import pytest
+from rich.console import Console
+
+pytestmark = pytest.mark.standard_jax
+
+SIZES, SEEDS = (8, 500), 2
+FLAGS = ["--dataset", "digits", "--batch-sizes", *(f"{size}" for size in reversed(SIZES))]
+FLAGS += ["--seeds", f"{SEEDS}"]
+NETWORKS = {"dense": batch_size.DenseNet}  # the residual one takes long to compile
+MODES = ["running, 0.9", "running, 0.99", "exact", "batch"]
+
+
+def run(folder, *flags):
+    """What the example prints with the dense network alone."""
+    stdout = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(batch_size, "NETWORKS", NETWORKS)
+        patch.setenv("COLUMNS", "200")
+        batch_size.main([*FLAGS, *flags, "--output", str(folder)])
+    return stdout.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run: its folder, what it printed and its results."""
+    folder = tmp_path_factory.mktemp("run") / "new" / "folder"
+    stdout = run(folder)
+    results = json.loads((folder / "batch_size.json").read_text())
+    return SimpleNamespace(folder=folder, stdout=stdout, results=results)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return common_training.on_device(common.load_dataset("digits", Path()))
+
+
+def table_rows(text):
+    lines = (line for line in text.splitlines() if line.startswith("│"))
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def unwrapped(text):
+    return " ".join(text.split())
+
+
+def test_numbers(finished):
+    settings, runs = finished.results["settings"], finished.results["runs"]
+    assert settings == {"dataset": "digits", "epochs": 1, "batch_sizes": [8, 500], "seeds": SEEDS}
+    assert [tuple(run.values())[:4] for run in runs] == [
+        (network, batch_norm, size, seed)
+        for network in NETWORKS
+        for batch_norm in (False, True)
+        for size in SIZES
+        for seed in range(SEEDS)
+    ]
+    rates = {(False, 8): 0.0025, (False, 500): 0.01, (True, 8): 0.0125, (True, 500): 0.4}
+    for run in runs:
+        assert run["learning_rate"] == rates[run["batch_norm"], run["batch_size"]]
+        assert run["steps"] == 1347 // run["batch_size"]
+        assert run["diverged"] is False
+        assert list(run["accuracy"]) == (MODES if run["batch_norm"] else ["plain"])
+        if run["batch_size"] == 8:
+            assert min(run["accuracy"].values()) > 0.5
+    assert runs[4]["accuracy"] != runs[5]["accuracy"]
+
+
+def test_running_statistics_are_the_layers(finished, digits):
+    """They are those of a network whose layers average by themselves."""
+    net = batch_size.DenseNet(batch_norm=True, momentum=0.9)
+    for variables, _ in common_training.training(  # noqa: B007
+        net, digits, seed=1, learning_rate=0.0125, batch_size=8, steps=1347 // 8
+    ):
+        pass
+    found = common_training.accuracy(net, variables, digits.test_images, digits.test_labels)
+    (run,) = (
+        run
+        for run in finished.results["runs"]
+        if run["batch_norm"] and run["batch_size"] == 8 and run["seed"] == 1
+    )
+    assert run["accuracy"]["running, 0.9"] == float(found)
+
+
+def forward(params, images, statistics):
+    """The dense network in float64, and the moments of what each batch norm gets.
+
+    Args:
+        params: of the network.
+        images: [N, H, W, C].
+        statistics: mean and variance of each batch norm, or None for those of the images.
+    """
+    x, moments = np.asarray(images, float).reshape(len(images), -1), []
+    for i in range(3):
+        x = x @ np.asarray(params[f"Dense_{i}"]["kernel"], float)
+        moments.append((x.mean(0), x.var(0)))
+        mean, var = moments[i] if statistics is None else statistics[i]
+        bn = params[f"BatchNorm_{i}"]
+        x = np.maximum((x - mean) / np.sqrt(var + 1e-5) * bn["scale"] + bn["bias"], 0)
+    return x @ np.asarray(params["Dense_3"]["kernel"]) + params["Dense_3"]["bias"], moments
+
+
+def test_ways_to_test(digits):
+    """Against the network written out: each way differs by the statistics alone."""
+    net, size, seed = batch_size.DenseNet(batch_norm=True, momentum=0.0), 8, 5
+    for variables, _ in common_training.training(  # noqa: B007
+        net, digits, seed=0, learning_rate=0.0125, batch_size=size, steps=40
+    ):
+        pass
+    params, stats = variables["params"], variables["batch_stats"]
+    found = batch_size.evaluate(net, digits, variables, {0.9: stats}, size, seed)
+    assert list(found) == ["running, 0.9", "exact", "batch"]
+    images, labels = np.asarray(digits.test_images), np.asarray(digits.test_labels)
+
+    def right(images, labels, statistics):
+        return (forward(params, images, statistics)[0].argmax(1) == labels).mean()
+
+    running = [(stats[f"BatchNorm_{i}"]["mean"], stats[f"BatchNorm_{i}"]["var"]) for i in range(3)]
+    assert np.isclose(found["running, 0.9"], right(images, labels, running), atol=3e-3)
+
+    rng = np.random.default_rng(seed)
+    train = np.asarray(digits.train_images)[rng.permutation(1347)[: 1347 // size * size]]
+    moments = [forward(params, batch, None)[1] for batch in np.split(train, 1347 // size)]
+    exact = []
+    for i in range(3):
+        means, variances = (np.array([m[i][k] for m in moments]) for k in range(2))
+        exact.append((means.mean(0), variances.mean(0) + means.var(0)))
+    assert np.isclose(found["exact"], right(images, labels, exact), atol=3e-3)
+
+    order = rng.permutation(450)[: 450 // size * size]
+    batch = [right(images[b], labels[b], None) for b in np.split(order, 450 // size)]
+    assert np.isclose(found["batch"], np.mean(batch), atol=3e-3)
+    assert len({*found.values()}) == 3
+
+
+def test_batches():
+    order = np.array([3, 1, 0, 2, 4])
+    assert batch_size.batches(order, 2).tolist() == [[3, 1], [0, 2]]
+    assert batch_size.batches(order, 5).tolist() == [[3, 1, 0, 2, 4]]
+    assert batch_size.batches(order, 6).tolist() == [[3, 1, 0, 2, 4]]
+
+
+def test_files(finished):
+    names = ["batch_size.json", "batch_size.png"]
+    assert sorted(path.name for path in finished.folder.iterdir()) == names
+    png = (finished.folder / "batch_size.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png.endswith(b"IEND\xaeB`\x82")
+    for name in names:
+        assert f"{finished.folder / name}" in finished.stdout
+
+
+def test_resumes_where_it_was_interrupted(finished, tmp_path, monkeypatch):
+    trained, train = [], batch_size.train
+
+    def interrupted(*args):
+        trained.append(args[:4])
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(batch_size, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch_size.json"]
+    assert run(tmp_path).split("Wrote")[0] == finished.stdout.split("Wrote")[0]
+    assert json.loads((tmp_path / "batch_size.json").read_text()) == finished.results
+    assert len(trained) == len(finished.results["runs"]) + 1
+    assert trained[5] == trained[6]
+
+
+def test_other_settings_are_refused(finished, capsys):
+    before = (finished.folder / "batch_size.json").read_bytes()
+    with pytest.raises(SystemExit) as exit_info:
+        run(finished.folder, "--epochs", "2")
+    assert exit_info.value.code == 2
+    error = unwrapped(capsys.readouterr().err)
+    assert "batch_size.json has results of --epochs 1, not of --epochs 2;" in error
+    assert (finished.folder / "batch_size.json").read_bytes() == before
+
+
+def test_divergence_is_a_result(digits, monkeypatch):
+    monkeypatch.setattr(batch_size, "LEARNING_RATES", {False: (1e38, 1e38), True: (1e38, 1e38)})
+    for batch_norm, names in ((False, ["plain"]), (True, MODES)):
+        found = batch_size.train(
+            "dense", batch_norm, 500, 0, digits, 1, SimpleNamespace(update=int)
+        )
+        assert found["diverged"] is True
+        assert list(found["accuracy"]) == names
+        assert max(found["accuracy"].values()) < 0.2
+
+
+def made_results():
+    """Batch norm fails at 2, and its running statistics at 2 and 512."""
+    accuracy = {
+        "plain": {2: 0.8, 16: 0.8, 512: 0.7},
+        "exact": {2: 0.6, 16: 0.9, 512: 0.85},
+        "running, 0.9": {2: 0.5, 16: 0.9, 512: 0.84},
+        "running, 0.99": {2: 0.58, 16: 0.89, 512: 0.45},
+        "batch": {2: 0.3, 16: 0.8, 512: 0.85},
+    }
+    runs = [
+        {
+            "network": network,
+            "batch_norm": batch_norm,
+            "batch_size": size,
+            "seed": seed,
+            "diverged": (batch_norm, size, seed) == (False, 512, 1),
+            "accuracy": {
+                name: values[size] + 0.01 * seed
+                for name, values in accuracy.items()
+                if (name != "plain") == batch_norm
+            },
+        }
+        for network in ("dense", "residual")
+        for batch_norm in (False, True)
+        for size in (2, 16, 512)
+        for seed in range(2)
+    ]
+    settings = {"dataset": "digits", "epochs": 1, "batch_sizes": [2, 16, 512], "seeds": 2}
+    return {"settings": settings, "runs": runs}
+
+
+def test_table():
+    console = Console(file=io.StringIO(), width=200)
+    console.print(batch_size.results_table(made_results(), "dense"))
+    rows = table_rows(console.file.getvalue())
+    assert rows[0] == ["2", *(f"{x} ± 0.7" for x in (80.5, 50.5, 58.5, 60.5, 30.5)), "0"]
+    assert rows[2] == ["512", *(f"{x} ± 0.7" for x in (70.5, 84.5, 45.5, 85.5, 85.5)), "1"]
+
+
+def test_findings():
+    assert batch_size.findings(made_results(), "dense") == [
+        "dense: it does better without batch norm at batch sizes 2.",
+        "dense: a batch size of 2 loses 30.0 points against 16, by exact statistics; running "
+        "statistics lose 10.0 at momentum 0.9, 2.0 at momentum 0.99 more.",
+        "dense: a batch size of 512 loses 5.0 points against 16, by exact statistics; running "
+        "statistics lose 1.0 at momentum 0.9, 40.0 at momentum 0.99 more.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-sizes", "1", "8"], "--batch-sizes must be from 2, as one image has no variance"),
+        (["--batch-sizes", "1348"], "to 1347, the images to train on, not 1348"),
+        (["--batch-sizes", "0"], "must be a whole number from 1 to 2^31 - 1, not '0'"),
+        (["--epochs", "x"], "must be a whole number from 1 to 2^31 - 1, not 'x'"),
+        (["--output", "{file}"], "--output must be a folder that can be created and written"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batch_size, "train", None)  # calling it would be a TypeError
+    file = tmp_path / "file"
+    file.touch()
+    flags = [flag.format(file=file) for flag in flags]
+    with pytest.raises(SystemExit) as exit_info:
+        batch_size.main([*FLAGS, "--output", str(tmp_path / "out"), *flags])
+    assert exit_info.value.code == 2
+    assert message in unwrapped(capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        batch_size.main(["--help"])
+    assert exit_info.value.code == 0
+    text = unwrapped(capsys.readouterr().out)
+    assert "At which batch sizes batch norm works" in text
+    for flag in ("epochs", "batch-sizes", "seeds", "output", "dataset", "data-dir"):
+        assert f"--{flag} " in text
