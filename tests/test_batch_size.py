@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import batch_size
 import common
-import common_training
 import numpy as np
 import pytest
 from rich.console import Console
@@ -43,7 +42,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits():
-    return common_training.on_device(common.load_dataset("digits", Path()))
+    return common.on_device(common.load_dataset("digits", Path()))
 
 
 def table_rows(text):
@@ -79,11 +78,11 @@ def test_numbers(finished):
 def test_running_statistics_are_the_layers(finished, digits):
     """They are those of a network whose layers average by themselves."""
     net = batch_size.DenseNet(batch_norm=True, momentum=0.9)
-    for variables, _ in common_training.training(  # noqa: B007
+    for variables, _ in common.training(  # noqa: B007
         net, digits, seed=1, learning_rate=0.0125, batch_size=8, steps=1347 // 8
     ):
         pass
-    found = common_training.accuracy(net, variables, digits.test_images, digits.test_labels)
+    found = common.accuracy(net, variables, digits.test_images, digits.test_labels)
     (run,) = (
         run
         for run in finished.results["runs"]
@@ -112,8 +111,8 @@ def forward(params, images, statistics):
 
 def test_ways_to_test(digits):
     """Against the network written out: each way differs by the statistics alone."""
-    net, size, seed = batch_size.DenseNet(batch_norm=True, momentum=0.0), 8, 5
-    for variables, _ in common_training.training(  # noqa: B007
+    net, size, seed = batch_size.DenseNet(batch_norm=True, momentum=0.0), 4, 5
+    for variables, _ in common.training(  # noqa: B007
         net, digits, seed=0, learning_rate=0.0125, batch_size=size, steps=40
     ):
         pass
@@ -185,7 +184,7 @@ def test_other_settings_are_refused(finished, capsys):
         run(finished.folder, "--epochs", "2")
     assert exit_info.value.code == 2
     error = unwrapped(capsys.readouterr().err)
-    assert "batch_size.json has results of --epochs 1, not of --epochs 2;" in error
+    assert "batch_size.json was saved with --epochs 1, not --epochs 2;" in error
     assert (finished.folder / "batch_size.json").read_bytes() == before
 
 
@@ -240,13 +239,19 @@ def test_table():
 
 
 def test_findings():
-    assert batch_size.findings(made_results(), "dense") == [
-        "dense: it does better without batch norm at batch sizes 2.",
-        "dense: a batch size of 2 loses 30.0 points against 16, by exact statistics; running "
-        "statistics lose 10.0 at momentum 0.9, 2.0 at momentum 0.99 more.",
-        "dense: a batch size of 512 loses 5.0 points against 16, by exact statistics; running "
-        "statistics lose 1.0 at momentum 0.9, 40.0 at momentum 0.99 more.",
+    results = made_results()
+    assert batch_size.findings(results, "dense") == [
+        "dense: without batch norm it does better at batch sizes 2.",
+        "dense: batch size 2 is at 60.5 % by exact statistics, 30.0 points below batch size 16; "
+        "running statistics change that by -10.0 at momentum 0.9 and -2.0 at momentum 0.99.",
+        "dense: batch size 512 is at 85.5 % by exact statistics, 5.0 points below batch size 16; "
+        "running statistics change that by -1.0 at momentum 0.9 and -40.0 at momentum 0.99.",
     ]
+    for run in results["runs"]:
+        if not run["batch_norm"]:
+            run["accuracy"]["plain"] = 0.1
+    (first, *_) = batch_size.findings(results, "dense")
+    assert first == "dense: with batch norm it does better at all batch sizes."
 
 
 @pytest.mark.parametrize(
