@@ -27,9 +27,13 @@ def pytest_xdist_auto_num_workers(config):
 def jax_settings(request):
     """Gives a module marked `standard_jax` JAX's own defaults, with `x64=True` all but one.
 
-    optax's optimizers and Flax's own layers raise under strict promotion.
+    optax's optimizers and Flax's own layers raise under strict promotion. One marked
+    `quick_compile` compiles without the optimizations of LLVM; those of XLA stay.
     """
     with contextlib.ExitStack() as stack:
+        if request.node.get_closest_marker("quick_compile"):
+            jax.config.update("jax_disable_most_optimizations", True)
+            stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
         for mark in request.node.iter_markers("standard_jax"):
             stack.enter_context(jax.enable_x64(mark.kwargs.get("x64", False)))
             stack.enter_context(jax.numpy_dtype_promotion("standard"))

@@ -14,6 +14,7 @@ from rich.console import Console
 
 pytestmark = pytest.mark.standard_jax
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES, SEEDS = (8, 500), 2
 FLAGS = ["--dataset", "digits", "--batch-sizes", *(f"{size}" for size in reversed(SIZES))]
 FLAGS += ["--seeds", f"{SEEDS}"]
@@ -284,3 +285,44 @@ def test_help(capsys):
     assert "At which batch sizes batch norm works" in text
     for flag in ("epochs", "batch-sizes", "seeds", "output", "dataset", "data-dir"):
         assert f"--{flag} " in text
+
+
+def test_readme_figures():
+    """They are those of the committed run."""
+    text = "".join(path.read_text() for path in EXAMPLES.glob("README*.md"))
+    section = unwrapped(text.split("## Batch sizes")[1].split("\n## ")[0])
+    results = json.loads((EXAMPLES / "results/batch_size.json").read_text())
+    for network in ("dense", "residual"):
+        console = Console(file=io.StringIO(), width=200)
+        console.print(batch_size.results_table(results, network))
+        table = section.split(f"| {network}, batch size |")[1]
+        rows = table_rows(console.file.getvalue())
+        assert len(rows) == 9
+        for *row, diverged in rows:
+            assert f"| {' | '.join(row)} |" in table
+            assert diverged == "0"
+    means = {
+        (network, name): batch_size.accuracies(results, network, name).mean(-1)
+        for network in ("dense", "residual")
+        for name in (*MODES, "plain")
+    }
+
+    def lost(network, name, i):
+        return f"{means[network, 'exact'][i] - means[network, name][i]:.1f}"
+
+    dense, residual = (means[network, "exact"] for network in ("dense", "residual"))
+    for phrase in (
+        f"It ends at {dense[0]:.1f} % there, {dense.max() - dense[0]:.1f} points below its best",
+        f"it loses {residual.max() - residual[0]:.1f} points",
+        f"{lost('dense', 'running, 0.9', 0)} points back at 2 and momentum 0.9",
+        f"{lost('dense', 'running, 0.99', 0)} points at momentum 0.99",
+        f"The ResNet loses {lost('residual', 'running, 0.99', -1)} points",
+        f"the dense network {lost('dense', 'running, 0.99', -1)};",
+        f"{lost('dense', 'batch', 0)} points at 2 in the dense network",
+        f"{lost('residual', 'batch', 1)} at 4 in the ResNet",
+    ):
+        assert phrase in section
+    assert f"leave {0.99**117:.0%}".replace("%", " %") in section
+    assert (means["residual", "plain"] < residual).all()
+    ahead = np.array(results["settings"]["batch_sizes"])[means["dense", "plain"] < dense]
+    assert ahead.tolist() == [16, 32, 64, 128, 256, 512]

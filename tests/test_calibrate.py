@@ -23,7 +23,7 @@ import jbn.linen
 import jbn.nnx
 from jbn import _calibrate
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)

@@ -19,7 +19,7 @@ import jbn.nnx
 from jbn import convert
 from tests.real_networks import keras_on_jax
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 RNG = np.random.default_rng(0)
 

@@ -13,6 +13,8 @@ import jbn
 from benchmarks import hlo
 from tests import cases, oracle
 
+pytestmark = pytest.mark.quick_compile
+
 P = PartitionSpec
 # Padded on the right, by more from shard to shard: of 8 devices the last three hold padding alone.
 MASK = np.arange(16)[:, None, None, None] < 10 - np.arange(4).reshape(1, 1, 4, 1)

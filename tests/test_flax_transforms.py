@@ -13,7 +13,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 NORM = functools.partial(jbn.linen.BatchNorm, use_running_average=False, momentum=0.9)
 STATS = ["batch_stats"]

@@ -12,7 +12,7 @@ from flax import nnx
 import jbn.linen
 import jbn.nnx
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 RNG = np.random.default_rng(0)
 LINEN = functools.partial(jbn.linen.BatchNorm, use_running_average=True)

@@ -15,7 +15,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 # Each maker returns (params, stats, call), all functional, with
 # call(params, stats, x, training=True, moments=None, **kwargs) -> (y, stats, moments).

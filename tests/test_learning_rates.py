@@ -21,6 +21,7 @@ from jbn.linen import BatchNorm
 
 pytestmark = pytest.mark.standard_jax
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS, CHECK_EVERY, SEEDS, RATES = 12, 4, 2, (0.01, 0.1)
 FLAGS = ["--dataset", "digits", "--steps", f"{STEPS}", "--check-every", f"{CHECK_EVERY}"]
 FLAGS += ["--seeds", f"{SEEDS}", "--base-rates", *(f"{rate}" for rate in RATES)]
@@ -350,3 +351,39 @@ def test_a_loss_may_hide_divergence(parameter, at, monkeypatch):
     found = learning_rates.train(ARMS["plain x1"], data, 0.1, 0, 30, args, progress)
     assert found["diverged_at"] == at
     assert found["accuracy"] == 3 * [0.5]
+
+
+def test_readme_figures():
+    """They are those of the committed run."""
+    text = "".join(path.read_text() for path in EXAMPLES.glob("README*.md"))
+    section = unwrapped(text.split("## Higher learning rates")[1].split("\n## ")[0])
+    results = json.loads((EXAMPLES / "results/learning_rates.json").read_text())
+    console = Console(file=io.StringIO(), width=200)
+    console.print(learning_rates.results_table(results))
+    rows = table_rows(console.file.getvalue())
+    assert [row[0] for row in rows] == list(learning_rates.ARMS)
+    for row in rows:
+        assert f"| {' | '.join(row)} |".replace("|  |", "| |") in section
+    for rate in results["settings"]["base_rates"]:
+        tried = [run for run in results["search"] if run["learning_rate"] == rate]
+        text = learning_rates.spread([100 * run["accuracy"][-1] for run in tried], "{:.1f}".format)
+        assert f"| {text} |" in section
+    runs, target = results["runs"], learning_rates.target_of(results["runs"])
+    assert f"{100 * target:.1f} % is the yardstick's median" in section
+
+    def median_steps(name):
+        every = results["settings"]["check_every"]
+        return np.median(
+            [learning_rates.steps_to(target, run["accuracy"], every) for run in runs[name]]
+        )
+
+    before, after = median_steps("plain x1"), median_steps("BN x5")
+    assert f"{before:.0f} steps becoming {after:.0f}, {before / after:.1f} times fewer" in section
+    low, *_, high = sorted(100 * max(run["accuracy"]) for run in runs["plain x1"])
+    assert f"takes it to {low:.1f} or to {high:.1f} %" in section
+    ranges = [
+        100 * np.ptp([max(run["accuracy"]) for run in runs[name]]) for name in runs if "BN" in name
+    ]
+    assert f"differ by at most {max(ranges):.1f} points" in section
+    x5, x30 = (100 * np.median([max(r["accuracy"]) for r in runs[f"BN x{k}"]]) for k in (5, 30))
+    assert f"BN x30 ends at {x30:.1f} % and BN x5 at {x5:.1f} %" in section

@@ -15,7 +15,7 @@ import pytest
 import jbn
 import jbn.linen
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 FLAX, JBN = nn.BatchNorm, jbn.linen.BatchNorm
 BOTH = pytest.mark.parametrize("cls", [FLAX, JBN], ids=["flax", "jbn"])

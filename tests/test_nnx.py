@@ -16,7 +16,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 FLAX, JBN = nnx.BatchNorm, jbn.nnx.BatchNorm
 BOTH = pytest.mark.parametrize("cls", [FLAX, JBN], ids=["flax", "jbn"])

@@ -15,7 +15,7 @@ from rich.console import Console
 import jbn.linen
 import jbn.nnx
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(90, 3)) * [1, 3, 2e-3] + [0, 7, 0]

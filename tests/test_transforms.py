@@ -12,6 +12,8 @@ import pytest
 import jbn
 from tests import cases, implementations, oracle
 
+pytestmark = pytest.mark.quick_compile
+
 CASE = cases.Case("everything", (4, 3, 2), mask=(4, 1, 2), residual=True, activation=jnp.tanh)
 NAMES = ("x", "scale", "bias", "residual")
 ARGS = cases.draw(CASE)
