@@ -8,6 +8,8 @@ import pytest
 
 from tests import cases, implementations, oracle
 
+pytestmark = pytest.mark.quick_compile
+
 by_name = {"ids": lambda v: getattr(v, "name", getattr(v, "__name__", str(v)))}
 implementation = pytest.mark.parametrize("implementation", implementations.ALL, **by_name)
 case = pytest.mark.parametrize("case", cases.CASES, **by_name)
