@@ -461,7 +461,7 @@ def read_results(
     try:
         results: Any = json.loads(path.read_bytes())
         saved = dict(results["settings"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         parser.error(
             f"--output: {path} is damaged, or not of this script ({error}); move it away, or "
             "choose another folder"

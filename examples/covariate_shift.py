@@ -417,7 +417,9 @@ def moves_table(results: dict[str, Any]) -> Table:
         "seeds and the units of a layer. Mean: in standard deviations. Std: its natural logarithm.",
     )
     table.add_column("network, layer")
-    parts = {f"to step {early * results['check_every']}": slice(early), "after": slice(early, None)}
+    parts = {f"to step {early * results['check_every']}": slice(early)}
+    if early < checks:
+        parts["after"] = slice(early, None)
     for quantity, part in itertools.product(("mean", "std"), parts):
         table.add_column(f"{quantity}, {part}", justify="right")
     for name, network in results["networks"].items():

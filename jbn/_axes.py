@@ -93,6 +93,16 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, Tracer)
 
 
+def check_variables(variables: Any) -> None:
+    """That they are arrays, not what `jax.eval_shape` gives in their place."""
+    for path, leaf in jax.tree.leaves_with_path(variables):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"variables{jax.tree_util.keystr(path)} must be an array, got the shape of one, "
+                f"{describe(leaf)}: pass the variables themselves."
+            )
+
+
 def check_array(name: str, value: Any) -> jax.Array:
     """Returns `value` as a jax.Array if it is an array of any kind."""
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)

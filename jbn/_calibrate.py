@@ -73,6 +73,7 @@ def check_batches(batches: Any, max_batches: Any) -> tuple[Iterable[Any], int | 
 
 def check_outside_jit(arrays: Any) -> None:
     """Statistics are pooled on the host, which has no place inside a program."""
+    _axes.check_variables(arrays)
     if any(map(_axes.is_traced, jax.tree.leaves(arrays))):
         raise TypeError(
             "the model's variables are traced: call it outside jax.jit and other transformations; "

@@ -314,6 +314,7 @@ def report(norms: Iterable[Norm], uncalled: Collection[str]) -> FoldReport:
     if not entries:
         raise ValueError(
             "the model has no batch norm to fold: it is looked for among the layers of the classes "
-            "jbn.linen.BatchNorm, jbn.nnx.BatchNorm and Flax's own."
+            "jbn.linen.BatchNorm, jbn.nnx.BatchNorm and Flax's own. Linen layers, also those under "
+            "nnx.bridge.ToNNX, are for jbn.linen.fold of the Linen model."
         )
     return FoldReport(entries)

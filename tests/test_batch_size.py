@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES, SEEDS = (8, 500), 2

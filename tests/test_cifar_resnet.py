@@ -26,7 +26,7 @@ from common import load_dataset
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 ROOT = Path(__file__).parents[1]
 TINY = functools.partial(cifar_resnet.ResNet, (1,), 8)
@@ -492,3 +492,12 @@ def test_help(capsys):
     text = unwrapped(capsys.readouterr().out)
     assert "ResNet-20 on CIFAR-10: a whole training script" in text
     assert text.count("(default: ") == 13
+
+
+def test_readme_figures():
+    """The accuracies of the shorter run are those of the committed one."""
+    page = (ROOT / "examples/README.md").read_text()
+    epochs = json.loads((ROOT / "examples/results/cifar_resnet.json").read_text())["epochs"]
+    for name in ("test", "train"):
+        cells = (f"{100 * epoch[f'{name}_accuracy']:.2f}" for epoch in epochs)
+        assert f"% | {' | '.join(cells)} |" in page

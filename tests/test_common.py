@@ -461,6 +461,7 @@ def test_read_results(tmp_path, capsys):
         (json.dumps({"settings": {**SETTINGS, "steps": 5}}), "was saved with --steps 5, not --s"),
         ("{", "is damaged, or not of this script"),
         ("[]", "is damaged, or not of this script"),
+        ("[" * 100_000, "is damaged, or not of this script"),
     ):
         path.write_text(content)
         with pytest.raises(SystemExit):

@@ -12,7 +12,7 @@ import pytest
 from common import load_dataset
 from covariate_shift import LAYERS, UNITS, Measured, SigmoidNet
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 HUGE_RATE = 1e38  # a step of it overflows float32
 FLAGS = ["--dataset", "digits", "--steps", "24", "--check-every", "8", "--seeds", "2"]
@@ -226,6 +226,15 @@ def test_moves_of_what_diverged():
     of_mean, of_std = covariate_shift.moves(Measured(None, np.zeros_like(std), std, None))
     assert np.isnan(of_mean).all()
     assert covariate_shift.rounded(of_std) == [[[None]], [[None]]]
+
+
+def test_moves_of_a_single_check(run):
+    """It is early, and nothing comes after."""
+    results = {**run.results, "steps": run.results["check_every"]}
+    table = covariate_shift.moves_table(results)
+    step = results["check_every"]
+    headers = [column.header for column in table.columns]
+    assert headers == ["network, layer", f"mean, to step {step}", f"std, to step {step}"]
 
 
 def test_typical_unit():

@@ -134,40 +134,6 @@ def test_readme_figures_of_the_networks():
     assert resnets[1][4] == resnets[2][4]  # as many sums
 
 
-def test_figures_of_the_experiments():
-    """Every row of the tables is that of the committed run, and so are ResNet-20's accuracies."""
-    page = (ROOT / "examples/README.md").read_text()
-    shown = {tuple(cells) for cells in _cells(page, "|")}
-
-    def saved(name):
-        return json.loads((ROOT / f"examples/results/{name}.json").read_text())
-
-    def rows(table):
-        return list(zip(*(column.cells for column in table.columns), strict=True))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        shift, rates, sizes = map(
-            importlib.import_module, ("covariate_shift", "learning_rates", "batch_size")
-        )
-    both = saved("covariate_shift"), saved("covariate_shift_std0.1")
-    wanted = [
-        (*small[:4], *large[2:4])
-        for small, large in zip(*(rows(shift.accuracy_table(run)) for run in both), strict=True)
-    ]
-    wanted += [row for run in both for row in rows(shift.moves_table(run))]
-    wanted += rows(rates.results_table(saved("learning_rates")))
-    for network in ("dense", "residual"):
-        wanted += [row[:-1] for row in rows(sizes.results_table(saved("batch_size"), network))]
-    assert len(wanted) == 10 + 12 + 9 + 18
-    epochs = saved("cifar_resnet")["epochs"]
-    for name in ("test", "train"):
-        accuracies = tuple(f"{100 * epoch[f'{name}_accuracy']:.2f}" for epoch in epochs)
-        assert any(cells[1:] == accuracies for cells in shown), name
-    for row in wanted:
-        assert row in shown, row
-
-
 def test_figures_of_the_communication():
     """The megabytes are those of the committed table, and so is what stays below 1 %."""
     page = (ROOT / "docs/distributed.md").read_text()

@@ -657,6 +657,8 @@ def test_linen_errors():
         jbn.linen.fold(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), variables, x)
     with pytest.raises(ValueError, match="must have the collection batch_stats, got params:"):
         jbn.linen.fold(model, {"params": variables["params"]}, x, train=False)
+    with pytest.raises(TypeError, match=r"'batch_stats'.*'mean'\] must be an array, got the shape"):
+        jbn.linen.fold(model, jax.eval_shape(lambda: variables), x, train=False)
     params = variables["params"]["Dense_0"]
     with pytest.raises(ValueError, match="has no batch norm to fold"):
         jbn.linen.fold(nn.Dense(4, use_bias=False), {"params": params, "batch_stats": {}}, x)

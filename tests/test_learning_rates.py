@@ -19,7 +19,7 @@ from rich.console import Console
 
 from jbn.linen import BatchNorm
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS, CHECK_EVERY, SEEDS, RATES = 12, 4, 2, (0.01, 0.1)

@@ -125,6 +125,7 @@ def _analyse(
             "init returns. "
             "A model without batch norm has nothing to fold."
         )
+    _axes.check_variables(variables)
     try:
         return analyse(model.apply, variables, *args, **kwargs)
     except flax.errors.ModifyScopeVariableError as error:
