@@ -130,8 +130,8 @@ def explained(batch: Any, apply_fn: str) -> Iterator[None]:
             )
         elif not hasattr(batch, "shape"):
             error.add_note(
-                f"The model was called on a batch as it came, a {type(batch).__name__}. If it takes"
-                f" a part of that alone, pass apply_fn={apply_fn}."
+                f"The batch came as a {type(batch).__name__}: where the model takes a part of it "
+                f"alone, apply_fn has to take that out, such as {apply_fn}."
             )
         raise
 

@@ -127,7 +127,7 @@ def load(path: Path) -> Callable[..., Any]:
     Raises:
         ImportError: if flatbuffers is not installed.
         ValueError: if the file is cut off, not one of `jax.export`, or written by a later jax, or
-            if any byte of a file of `save` has changed.
+            if the program in a file of `save` is damaged.
 
     Example:
         >>> import jax.numpy as jnp, jbn.export, os, tempfile

@@ -703,10 +703,16 @@ def test_errors_of_the_model_tell_what_calibrating_has_to_do_with_them():
     variables = bn.init(jax.random.key(0), X)
     with pytest.raises(TypeError, match="x must be an array") as linen:
         jbn.linen.calibrate(bn.apply, variables, [(X, labels)])
-    assert "a tuple. If it takes a part of that alone, pass apply_fn=lambda v, " in told(linen)
+    assert (
+        "came as a tuple: where the model takes a part of it alone, apply_fn has to take that out, "
+        in told(linen)
+    )
     with pytest.raises(TypeError, match="x must be an array") as of_nnx:
         jbn.nnx.calibrate(Model(), [{"x": X, "y": labels}])
-    assert "a dict. If it takes a part of that alone, pass apply_fn=lambda model, " in told(of_nnx)
+    assert (
+        "as a dict: where the model takes a part of it alone, apply_fn has to take that out, "
+        in told(of_nnx)
+    )
     variables = Branches().init(jax.random.key(0), X)
     with pytest.raises(TypeError, match="branch outputs") as branches:
         jbn.linen.calibrate(Branches().apply, variables, [X])
