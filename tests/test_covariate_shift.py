@@ -98,6 +98,10 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, capsys, interrupted_at):
         with pytest.raises(KeyboardInterrupt):
             covariate_shift.main([*FLAGS, "--output", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    # Each check has batches of its own, the same in every run.
+    drawn = [np.asarray(jax.random.key_data(args[3])).tobytes() for args in calls]
+    assert len(set(drawn)) == min(CHECKS, interrupted_at)
+    assert drawn == [drawn[number % CHECKS] for number in range(interrupted_at)]
     covariate_shift.main([*FLAGS, "--output", str(tmp_path)])
     done = interrupted_at // 2 * 2
     assert (
