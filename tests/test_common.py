@@ -480,3 +480,12 @@ def test_write_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="taken"):
         common.write_whole(tmp_path / "taken", b"new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_readme_commands():
+    """Those of the README are those of the messages."""
+    readme = (Path(__file__).parents[1] / "examples/README.md").read_text()
+    for name, source in common.DATASETS.items():
+        if source.files:
+            assert f"{source.commands.format(folder=f'data/{name}')}\n" in readme
+            assert f"| `data/{name}` |" in readme
