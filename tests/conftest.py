@@ -23,6 +23,14 @@ def pytest_xdist_auto_num_workers(config):
     return 1 + (len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests go to one process, which makes its fixtures and compiles its programs once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def jax_settings(request):
     """Gives a module marked `standard_jax` JAX's own defaults, with `x64=True` all but one.

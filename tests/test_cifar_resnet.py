@@ -254,7 +254,12 @@ def test_resumes_after_a_kill(whole_run, cache, tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder)],
         cwd=ROOT,
-        env=os.environ | cache | {"JAX_NUM_CPU_DEVICES": f"{jax.device_count()}"},
+        env=os.environ
+        | cache
+        | {
+            "JAX_NUM_CPU_DEVICES": f"{jax.device_count()}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as here
+        },
         capture_output=True,
         text=True,
     )
