@@ -379,6 +379,12 @@ def test_readme_figures():
 
     before, after = median_steps("plain x1"), median_steps("BN x5")
     assert f"{before:.0f} steps becoming {after:.0f}, {before / after:.1f} times fewer" in section
+    overflowed = [run["diverged_at"] for name in runs for run in runs[name] if run["diverged_at"]]
+    assert overflowed == [run["diverged_at"] for run in runs["plain x30"] if run["diverged_at"]]
+    assert (
+        f"{len(overflowed)} of them with parameters that overflow in the first "
+        f"{max(overflowed)} steps"
+    ) in section
     low, *_, high = sorted(100 * max(run["accuracy"]) for run in runs["plain x1"])
     assert f"takes it to {low:.1f} or to {high:.1f} %" in section
     ranges = [
