@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import batch_size
 import common
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -198,6 +199,15 @@ def test_divergence_is_a_result(digits, monkeypatch):
         assert found["diverged"] is True
         assert list(found["accuracy"]) == names
         assert max(found["accuracy"].values()) < 0.2
+
+
+@pytest.mark.parametrize(("parameter", "loss"), [(np.nan, 2.3), (1.0, np.nan), (1.0, 2.3)])
+def test_divergence_shows_in_loss_or_parameters(parameter, loss, digits, monkeypatch):
+    trained = [({"params": [parameter]}, jnp.float32(loss))]
+    monkeypatch.setattr(batch_size, "training", lambda *args, **kwargs: trained)
+    monkeypatch.setattr(batch_size, "accuracy", lambda *args: 0.5)
+    found = batch_size.train("dense", False, 500, 0, digits, 1, SimpleNamespace(update=int))
+    assert found["diverged"] is not np.isfinite(parameter + loss).item()
 
 
 def made_results():

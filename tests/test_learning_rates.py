@@ -332,14 +332,14 @@ def test_small_resnet(batch_norm, height, first, last):
     assert len(variables.get("batch_stats", {})) == 15 * batch_norm
 
 
-@pytest.mark.parametrize(("parameter", "at"), [(1.0, None), (np.nan, 20)])
-def test_a_loss_may_hide_divergence(parameter, at, monkeypatch):
-    """What counts are the parameters too."""
-
+@pytest.mark.parametrize(
+    ("parameter", "loss", "at"), [(1.0, 2.3, None), (np.nan, 2.3, 20), (1.0, np.inf, 20)]
+)
+def test_divergence_shows_in_loss_or_parameters(parameter, loss, at, monkeypatch):
     def training(*args, steps, **kwargs):
         for step in range(1, steps + 1):
-            weights = jnp.full(3, parameter if step > 10 else 1.0)
-            yield {"params": {"weights": weights}}, jnp.float32(2.3)
+            good = step != 15
+            yield {"params": [parameter if step > 10 else 1.0]}, jnp.float32(2.3 if good else loss)
 
     monkeypatch.setattr(learning_rates, "training", training)
     monkeypatch.setattr(learning_rates, "accuracy", lambda *args: 0.5)
