@@ -368,19 +368,28 @@ def positive_float(text: str) -> float:
     return value
 
 
+def spread(values: np.ndarray | Sequence[float], form: str, limit: float = np.inf) -> str:
+    """Median and range of numbers as text; one that is infinite is over the limit."""
+    low, median, high = (
+        f"{f(values):{form}}" if np.isfinite(f(values)) else f">{limit:{form}}"
+        for f in (np.min, np.median, np.max)
+    )
+    return median if low == high else f"{median} ({low} to {high})"
+
+
 def output_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
     """The folder of --output, which is there and can be written afterwards."""
-    _check_folder(parser, args.output)
+    check_folder(parser, "--output", args.output)
     return args.output
 
 
-def _check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Ends where a folder cannot be made or written."""
+def check_folder(parser: argparse.ArgumentParser, flag: str, folder: Path) -> None:
+    """Ends where the folder of a flag cannot be made or written; it is there afterwards."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        parser.error(f"--output must be a folder that can be created and written: {error}")
+        parser.error(f"{flag} must be a folder that can be created and written: {error}")
 
 
 def checkpoints(folder: Path) -> ocp.CheckpointManager:
@@ -429,7 +438,7 @@ def restore(
         settings: those of this run, which the checkpoint must have too.
     """
     folder = Path(manager.directory)
-    _check_folder(parser, folder)  # else Orbax fails when it saves
+    check_folder(parser, "--output", folder)  # else Orbax fails when it saves
     step = manager.latest_step()
     if step is None:
         return state, None, 0
@@ -579,6 +588,31 @@ def init(net: nn.Module, seed: int, images: jax.Array) -> tuple[Any, optax.OptSt
     return variables, optax.sgd(0.0, momentum=0.9).init(variables["params"])
 
 
+def loss_and_grads(
+    net: nn.Module, variables: Any, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, Any, Any]:
+    """The mean cross-entropy of a batch in training mode, and what follows from it.
+
+    Args:
+        net: the network, called with `train=True`.
+        variables: of the network.
+        images: [N, H, W, C].
+        labels: [N].
+
+    Returns:
+        The loss, the updated `batch_stats` as a collection, and the gradient of `params`.
+    """
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        logits, updated = net.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated
+
+    (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+    return loss, updated, grads
+
+
 @functools.partial(jax.jit, static_argnames="net")
 def train_step(
     net: nn.Module,
@@ -603,16 +637,8 @@ def train_step(
     Returns:
         The variables and the state after, and the loss before.
     """
-
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-        logits, updated = net.apply(
-            {**variables, "params": params}, images[batch], train=True, mutable=["batch_stats"]
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch])
-        return losses.mean(), updated
-
+    loss, batch_stats, grads = loss_and_grads(net, variables, images[batch], labels[batch])
     params = variables["params"]
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, opt_state = optax.sgd(learning_rate, momentum=0.9).update(grads, opt_state, params)
     return {**batch_stats, "params": optax.apply_updates(params, updates)}, opt_state, loss
 

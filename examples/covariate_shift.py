@@ -32,11 +32,13 @@ from common import (
     add_data_flags,
     checkpoints,
     dataset_of,
+    loss_and_grads,
     output_folder,
     positive_float,
     positive_int,
     restore,
     save,
+    spread,
     write_whole,
 )
 from flax import linen as nn
@@ -143,15 +145,8 @@ def train_steps(
     optimizer = optax.sgd(rate)
 
     def step(variables: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            logits, updated = net.apply(
-                {**variables, "params": params}, images[batch], train=True, mutable=["batch_stats"]
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch])
-            return losses.mean(), updated
-
+        loss, batch_stats, grads = loss_and_grads(net, variables, images[batch], labels[batch])
         params = variables["params"]
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, _ = optimizer.update(grads, optimizer.init(params))  # plain SGD has no state
         return {**batch_stats, "params": optax.apply_updates(params, updates)}, loss
 
@@ -355,15 +350,6 @@ def results_of(settings: dict[str, Any], history: History) -> dict[str, Any]:
 def array(values: Any) -> np.ndarray:
     """Numbers of the results, NaN for None."""
     return np.array(values, float)
-
-
-def spread(values: np.ndarray, form: str, limit: float = np.inf) -> str:
-    """Median and range of numbers as text; one that is infinite is over the limit."""
-    low, median, high = (
-        f"{f(values):{form}}" if np.isfinite(f(values)) else f">{limit:{form}}"
-        for f in (np.min, np.median, np.max)
-    )
-    return median if low == high else f"{median} ({low} to {high})"
 
 
 def steps_to_target(accuracies: np.ndarray, check_every: int) -> np.ndarray:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
-from common import output_folder, positive_float, positive_int, write_whole
+from common import output_folder, positive_float, positive_int, spread, write_whole
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
@@ -210,11 +210,7 @@ def accuracy_text(accuracies: np.ndarray) -> str:
 
 def epochs_text(epochs: np.ndarray, trained: int) -> str:
     """Median and range over the seeds; a seed that did not get there took more than `trained`."""
-    low, median, high = (
-        f"{f(epochs):g}" if np.isfinite(f(epochs)) else f">{trained}"
-        for f in (np.min, np.median, np.max)
-    )
-    return median if low == high else f"{median} ({low} to {high})"
+    return spread(epochs, "g", limit=trained)
 
 
 def results_table(learning_rates: Sequence[float], accuracies: dict[str, np.ndarray]) -> Table:

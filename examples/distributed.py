@@ -21,7 +21,6 @@ import argparse
 import shlex
 import socket
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from common import HelpFormatter, check_folder, positive_int
 from flax_linen import TEST_SIZE, TrainState, eval_step, init_state, train_step
 from jax.experimental.multihost_utils import (
     broadcast_one_to_all,
@@ -148,17 +148,6 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, digits: Dig
             if reports:
                 tqdm.write(f"step {step}: loss {loss:.3f}, test accuracy {accuracy:.1f} %")
     manager.close()  # not in a `finally`: a process that raised would wait here for the others
-
-
-def positive_int(text: str) -> int:
-    """A whole number from 1 that JAX can take, for argparse."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2^31 - 1, not {text!r}")
-    return int(text)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the description as it is written."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -287,15 +276,6 @@ def check_batch_size(parser: argparse.ArgumentParser, size: int, images: int) ->
         parser.error(f"--batch-size must be at most {images}, the training images, not {size}")
 
 
-def check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """The folder is there and can be written afterwards."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        parser.error(f"--checkpoint-dir must be a folder that can be created and written: {error}")
-
-
 def check_agreement(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """All processes were given the same flags, and see the one folder."""
     flags = ("seed", "batch_size", "epochs", "checkpoint_every")
@@ -330,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         join(parser, args)
     digits = load()
     check_batch_size(parser, args.batch_size, len(digits.train))
-    check_folder(parser, args.checkpoint_dir)
+    check_folder(parser, "--checkpoint-dir", args.checkpoint_dir)
     if jax.process_count() > 1:
         check_agreement(parser, args)
     train(parser, args, digits)

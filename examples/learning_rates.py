@@ -40,6 +40,7 @@ from common import (
     positive_float,
     positive_int,
     read_results,
+    spread,
     training,
     write_whole,
 )
@@ -151,19 +152,10 @@ def target_of(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
     return float(np.median([max(run["accuracy"]) for run in runs[BASELINE]]))
 
 
-def spread(values: Sequence[float], text: Callable[[Any], str]) -> str:
-    """The median and range of the seeds' values."""
-    low, median, high = (text(f(values)) for f in (np.min, np.median, np.max))
-    return median if low == high else f"{median} ({low} to {high})"
-
-
 def results_table(results: Mapping[str, Any]) -> Table:
     """In the form of the paper's Figure 3, with the paper's numbers beside."""
     settings, runs = results["settings"], results["runs"]
     target = target_of(runs)
-
-    def steps_text(steps: float) -> str:
-        return f"{steps:.0f}" if math.isfinite(steps) else f">{settings['steps']}"
 
     table = Table(
         title=f"{settings['dataset']}, {settings['steps']} steps, {settings['seeds']} seeds",
@@ -185,8 +177,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             f"{runs[name][0]['learning_rate']:g}",
-            spread(steps, steps_text),
-            spread(highest, "{:.1f}".format),
+            spread(steps, ".0f", limit=settings["steps"]),
+            spread(highest, ".1f"),
             f"{failed} ({diverged})" if failed else "0",
             arm.paper,
         )
@@ -313,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     for rate in rates if search else ():
         found = [100 * run["accuracy"][-1] for run in search if run["learning_rate"] == rate]
-        text = spread(found, "{:.1f}".format)
+        text = spread(found, ".1f")
         console.print(f"Search, {BASELINE} at {rate:g}: {text} % of the images held out")
     console.print(results_table(results))
     write_whole(path.with_suffix(".png"), figure(results))

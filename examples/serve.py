@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import HelpFormatter, check_folder
 from flax_linen import BATCH_SIZE, OPTIMIZER, TEST_SIZE, ConvNet, TrainState, train_step
 from rich.console import Console
 from rich.table import Table
@@ -201,10 +202,6 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the description as it is written."""
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked; the output folder is there and can be written afterwards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -219,11 +216,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if not 0 <= args.momentum <= 1:
         parser.error(f"--momentum must be from 0 to 1, not {args.momentum}")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output).close()
-    except OSError as error:
-        parser.error(f"--output must be a folder that can be created and written: {error}")
+    check_folder(parser, "--output", args.output)
     return args
 
 

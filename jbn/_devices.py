@@ -35,6 +35,8 @@ def gather(values: Arrays, names: Sequence[Any], groups: Any) -> Arrays:
     name = names[0] if len(names) == 1 else tuple(names)
 
     def collect(rows: jax.Array) -> jax.Array:
+        # One axis, as vmap takes one at once; several that `device_axes` does not know are of
+        # devices in a custom partitioning.
         if name not in device_axes() and len(names) == 1:
             return _gather_mapped(rows, name, groups)
         if groups is None:

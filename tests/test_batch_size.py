@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.scripts import exits, table_rows, unwrapped
+
 pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,15 +47,6 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits():
     return common.on_device(common.load_dataset("digits", Path()))
-
-
-def table_rows(text):
-    lines = (line for line in text.splitlines() if line.startswith("│"))
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-
-
-def unwrapped(text):
-    return " ".join(text.split())
 
 
 def test_numbers(finished):
@@ -182,9 +175,8 @@ def test_resumes_where_it_was_interrupted(finished, tmp_path, monkeypatch):
 
 def test_other_settings_are_refused(finished, capsys):
     before = (finished.folder / "batch_size.json").read_bytes()
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         run(finished.folder, "--epochs", "2")
-    assert exit_info.value.code == 2
     error = unwrapped(capsys.readouterr().err)
     assert "batch_size.json was saved with --epochs 1, not --epochs 2;" in error
     assert (finished.folder / "batch_size.json").read_bytes() == before
@@ -280,17 +272,15 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
     file = tmp_path / "file"
     file.touch()
     flags = [flag.format(file=file) for flag in flags]
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         batch_size.main([*FLAGS, "--output", str(tmp_path / "out"), *flags])
-    assert exit_info.value.code == 2
     assert message in unwrapped(capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(0):
         batch_size.main(["--help"])
-    assert exit_info.value.code == 0
     text = unwrapped(capsys.readouterr().out)
     assert "At which batch sizes batch norm works" in text
     for flag in ("epochs", "batch-sizes", "seeds", "output", "dataset", "data-dir"):

@@ -26,6 +26,8 @@ from common import load_dataset
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from tests.scripts import exits, unwrapped
+
 pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 ROOT = Path(__file__).parents[1]
@@ -125,10 +127,6 @@ def values(found, tag):
     return [
         (event.step, value) for event in found for value in event.summary.value if value.tag == tag
     ]
-
-
-def unwrapped(text):
-    return " ".join(text.split())
 
 
 def schedule_oracle(peak, warmup, steps):
@@ -471,9 +469,8 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cifar_resnet, "train", None)  # calling it would be a TypeError
     (tmp_path / "file").touch()
     output, flags = tmp_path / "out", [flag.format(tmp=tmp_path) for flag in flags]
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         cifar_resnet.main([*FLAGS, "--output", str(output), *flags])
-    assert exit_info.value.code == 2
     assert message.format(tmp=tmp_path) in unwrapped(capsys.readouterr().err)
     assert not output.exists()
 
@@ -484,16 +481,14 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
 def test_checkpoint_of_another_run(whole_run, name, was, now, capsys):
     settings = results(whole_run.folder)["settings"] | {name: now}
     manager = cifar_resnet.checkpoints(whole_run.folder / "checkpoints")
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         cifar_resnet.restore(argparse.ArgumentParser(), manager, None, settings)
-    assert exit_info.value.code == 2
     assert f"was saved with --{name} {was}, not --{name} {now};" in capsys.readouterr().err
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(0):
         cifar_resnet.main(["--help"])
-    assert exit_info.value.code == 0
     text = unwrapped(capsys.readouterr().out)
     assert "ResNet-20 on CIFAR-10: a whole training script" in text
     assert text.count("(default: ") == 13

@@ -15,6 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from tests.scripts import exits
+
 pytestmark = pytest.mark.standard_jax
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
@@ -337,9 +339,8 @@ def test_default_dataset_that_is_not_there(tmp_path, capsys):
 def test_dataset_asked_for_that_is_not_there(mnist, tmp_path, capsys):
     (mnist[0] / IDX[1]).unlink()
     for flags in (["--dataset", "mnist"], ["--dataset", "cifar10"], []):
-        with pytest.raises(SystemExit) as exit_info:
+        with exits(2):
             parse("--data-dir", f"{tmp_path}", *flags)
-        assert exit_info.value.code == 2
         asked = flags[1] if flags else "mnist"
         error = capsys.readouterr().err
         assert f"error: --dataset {asked}: " in error
@@ -406,9 +407,8 @@ def test_restore(saved, tmp_path):
     ],
 )
 def test_restore_of_other_settings(saved, changed, message, capsys):
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         restored(saved, settings={**SETTINGS, **changed})
-    assert exit_info.value.code == 2
     assert f"{saved / '3'} {message}" in capsys.readouterr().err
 
 
@@ -445,9 +445,8 @@ def test_output_folder(tmp_path, capsys):
     taken = tmp_path / "taken"
     taken.touch()
     for folder in (taken, taken / "below"):
-        with pytest.raises(SystemExit) as exit_info:
+        with exits(2):
             common.output_folder(PARSER, argparse.Namespace(output=folder))
-        assert exit_info.value.code == 2
         assert "--output must be a folder that can be created and" in capsys.readouterr().err
 
 

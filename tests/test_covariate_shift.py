@@ -12,6 +12,8 @@ import pytest
 from common import load_dataset
 from covariate_shift import LAYERS, UNITS, Measured, SigmoidNet
 
+from tests.scripts import exits
+
 pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 HUGE_RATE = 1e38  # a step of it overflows float32
@@ -128,9 +130,8 @@ def test_finished_run_is_only_shown(run, monkeypatch):
 def test_checkpoint_of_other_settings(run, flags, message, monkeypatch, capsys):
     before = (run.folder / "covariate_shift.json").read_bytes()
     monkeypatch.setattr(covariate_shift, "train_steps", None)
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         covariate_shift.main([*FLAGS, *flags, "--output", str(run.folder)])
-    assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
     assert (run.folder / "covariate_shift.json").read_bytes() == before
 
@@ -150,17 +151,15 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(covariate_shift, "train_steps", None)
     (tmp_path / "file").touch()
     flags = [flag.format(tmp=tmp_path) for flag in flags]
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         covariate_shift.main([*FLAGS, "--output", str(tmp_path / "out"), *flags])
-    assert exit_info.value.code == 2
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(0):
         covariate_shift.main(["--help"])
-    assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert "Figure 1 of Ioffe and Szegedy" in text
     assert text.count("(default:") == 8

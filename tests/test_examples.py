@@ -16,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.scripts import exits, table_rows, unwrapped
+
 pytestmark = pytest.mark.standard_jax
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -70,16 +72,6 @@ def questions_run(examples):
         patch.setattr(examples.questions, "BATCH_SIZES", BATCH_SIZES)
         examples.questions.main(["--epochs", "1"])
     return stdout.getvalue()
-
-
-def table_rows(text):
-    """The cells of each line of rich's tables."""
-    lines = (line for line in text.splitlines() if line.startswith("│"))
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-
-
-def unwrapped(text):
-    return " ".join(text.split())
 
 
 def test_digits_json_holds_every_run(digits_run):
@@ -150,9 +142,8 @@ def test_digits_traces_once_per_network(digits_run):
 def test_digits_bad_flags(examples, flags, allowed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(examples.digits, "train", None)  # calling it would be a TypeError
     folder = tmp_path / "out"
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         examples.digits.main([*flags, "--output", str(folder)])
-    assert exit_info.value.code == 2
     assert allowed in unwrapped(capsys.readouterr().err)
     assert not folder.exists()
 
@@ -162,9 +153,8 @@ def test_digits_output_that_cannot_be_a_folder(examples, tmp_path, monkeypatch, 
     taken = tmp_path / "taken"
     taken.write_text("a file")
     for folder in (taken, taken / "below"):
-        with pytest.raises(SystemExit) as exit_info:
+        with exits(2):
             examples.digits.main(["--output", str(folder)])
-        assert exit_info.value.code == 2
         error = unwrapped(capsys.readouterr().err)
         assert "--output must be a folder that can be created and written" in error
     assert list(tmp_path.iterdir()) == [taken]
@@ -203,9 +193,8 @@ def test_effects_name_the_best_rates(examples):
     ],
 )
 def test_help(examples, name, flags, capsys):
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(0):
         getattr(examples, name).main(["--help"])
-    assert exit_info.value.code == 0
     text = unwrapped(capsys.readouterr().out)
     assert all(flag in text for flag in flags)
     assert text.count("(default: ") == len(flags)
@@ -255,9 +244,8 @@ def test_questions_biases(questions_run):
     ],
 )
 def test_questions_bad_flags(examples, flags, allowed, capsys):
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         examples.questions.main(flags)
-    assert exit_info.value.code == 2
     assert allowed in unwrapped(capsys.readouterr().err)
 
 
@@ -331,9 +319,8 @@ def test_loop_bad_flags(examples, name, flags, allowed, tmp_path, monkeypatch, c
     module = getattr(examples, name)
     monkeypatch.setattr(module, "load_digits", None)  # calling it would be a TypeError
     folder = tmp_path / "out"
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         module.main([*flags, "--checkpoint-dir", str(folder)])
-    assert exit_info.value.code == 2
     assert allowed in unwrapped(capsys.readouterr().err)
     assert not folder.exists()
 
@@ -358,9 +345,8 @@ def test_loop_folder_that_cannot_be(examples, name, tmp_path, monkeypatch, capsy
     taken = tmp_path / "taken"
     taken.write_text("a file")
     for folder in (taken, taken / "below"):
-        with pytest.raises(SystemExit) as exit_info:
+        with exits(2):
             module.main(["--checkpoint-dir", str(folder)])
-        assert exit_info.value.code == 2
         error = unwrapped(capsys.readouterr().err)
         assert "--checkpoint-dir must be a folder that can be created and written" in error
     assert list(tmp_path.iterdir()) == [taken]
@@ -433,7 +419,6 @@ def test_serve_tells_stages_that_differ(examples):
 def test_serve_bad_flags(examples, flags, message, tmp_path, capsys):
     (tmp_path / "file").touch()
     flags = [flag.format(file=tmp_path / "file") for flag in flags]
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         examples.serve.parse_args(flags)
-    assert exit_info.value.code == 2
     assert message in unwrapped(capsys.readouterr().err)

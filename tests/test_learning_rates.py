@@ -18,6 +18,7 @@ from flax import linen as nn
 from rich.console import Console
 
 from jbn.linen import BatchNorm
+from tests.scripts import exits, table_rows, unwrapped
 
 pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
@@ -63,15 +64,6 @@ def finished(tmp_path_factory):
     stdout = run(folder)
     results = json.loads((folder / "learning_rates.json").read_text())
     return SimpleNamespace(folder=folder, stdout=stdout, results=results)
-
-
-def table_rows(text):
-    lines = (line for line in text.splitlines() if line.startswith("│"))
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-
-
-def unwrapped(text):
-    return " ".join(text.split())
 
 
 def test_numbers(finished):
@@ -164,9 +156,8 @@ def test_resumes_where_it_was_interrupted(finished, tmp_path, monkeypatch):
 
 def test_other_settings_are_refused(finished, capsys):
     before = (finished.folder / "learning_rates.json").read_bytes()
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         run(finished.folder, "--steps", "8")
-    assert exit_info.value.code == 2
     error = unwrapped(capsys.readouterr().err)
     assert f"learning_rates.json was saved with --steps {STEPS}, not --steps 8;" in error
     assert "choose another folder" in error
@@ -177,9 +168,8 @@ def test_other_settings_are_refused(finished, capsys):
 def test_damaged_results_are_refused(content, tmp_path, capsys):
     path = tmp_path / "learning_rates.json"
     path.write_text(content)
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         run(tmp_path)
-    assert exit_info.value.code == 2
     assert f"{path} is damaged, or not of this script" in unwrapped(capsys.readouterr().err)
     assert path.read_text() == content
 
@@ -199,17 +189,15 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
     file = tmp_path / "file"
     file.touch()
     flags = [flag.format(file=file) for flag in flags]
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(2):
         learning_rates.main([*FLAGS, "--output", str(tmp_path / "out"), *flags])
-    assert exit_info.value.code == 2
     assert message in unwrapped(capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_info:
+    with exits(0):
         learning_rates.main(["--help"])
-    assert exit_info.value.code == 0
     text = unwrapped(capsys.readouterr().out)
     assert "Ioffe and Szegedy" in text
     for flag in ("steps", "batch-size", "check-every", "seeds", "base-rates", "output", "dataset"):
@@ -366,7 +354,7 @@ def test_readme_figures():
         assert f"| {' | '.join(row)} |".replace("|  |", "| |") in section
     for rate in results["settings"]["base_rates"]:
         tried = [run for run in results["search"] if run["learning_rate"] == rate]
-        text = learning_rates.spread([100 * run["accuracy"][-1] for run in tried], "{:.1f}".format)
+        text = learning_rates.spread([100 * run["accuracy"][-1] for run in tried], ".1f")
         assert f"| {text} |" in section
     runs, target = results["runs"], learning_rates.target_of(results["runs"])
     assert f"{100 * target:.1f} % is the yardstick's median" in section
