@@ -15,7 +15,7 @@ from flax import nnx
 import jbn.linen
 import jbn.nnx
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 
 class LinenNetwork(nn.Module):

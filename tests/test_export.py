@@ -23,7 +23,7 @@ import jbn.nnx
 from jbn import _files
 
 pytest.importorskip("flatbuffers", reason="the extra `export` is not installed")
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIZES = (1, 5)

@@ -26,7 +26,7 @@ import jbn.linen
 import jbn.nnx
 from benchmarks import peers
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs/migrating.md"
 INTRODUCTION, *PARTS = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
