@@ -18,9 +18,9 @@ hypothesis.settings.load_profile("jbn")
 
 @pytest.hookimpl(optionalhook=True)  # there may be no xdist
 def pytest_xdist_auto_num_workers(config):
-    """Two more than there are cores: the tests of many processes mostly wait."""
+    """One more than there are cores: the tests of many processes mostly wait."""
     on_linux = hasattr(os, "sched_getaffinity")
-    return 2 + (len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1)
+    return 1 + (len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1)
 
 
 @pytest.hookimpl(optionalhook=True)
