@@ -473,7 +473,8 @@ def _merge_jvp(batch, n, weighted, primals, tangents):
     count = _divisor(merged.count)
     weight = own.count / count
     centred = (own.shift - merged.shift) + (own.offset - merged.offset)
-    centred = jnp.where(weight > 0, centred, 0)
+    if n is None:  # of a device that has no elements it may be anything
+        centred = jnp.where(weight > 0, centred, 0)
     d_offset = times(weight, d.offset)
     d_var = weight * (d.var + 2 * times(jnp.conj(centred), d.offset).real)
     terms = d_offset, d_var

@@ -463,7 +463,15 @@ def test_vmap_along_an_axis_that_an_explicit_mesh_splits(spec, groups):
     def g(x):
         return jbn.moments(x, **options)
 
-    expected = jax.vmap(f, axis_name="d")(x), jax.vmap(g, axis_name="d")(x)
+    def second(x):
+        """Of all batches together, as JAX differentiates the mapped program."""
+
+        def loss(x):
+            return jnp.sum(jax.vmap(f, axis_name="d")(x)[0][0])
+
+        return jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(loss)(x))))(x)
+
+    expected = jax.vmap(f, axis_name="d")(x), jax.vmap(g, axis_name="d")(x), second(x)
     mesh = mesh_of((4, 2), ("a", "b"), AxisType.Explicit)
     with jax.set_mesh(mesh):
         split = jax.device_put(x, jax.NamedSharding(mesh, spec))
@@ -475,6 +483,7 @@ def test_vmap_along_an_axis_that_an_explicit_mesh_splits(spec, groups):
         except ValueError:
             pytest.skip("this JAX has no sum over a mapped axis on Explicit meshes, nor gradients")
         close(jax.vmap(f, axis_name="d")(split), expected[0])
+        close(second(split), expected[2], 1e-10)
 
 
 def nested(f):
