@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import hypothesis
 import jax
@@ -35,15 +38,42 @@ def pytest_xdist_make_scheduler(config, log):
 def jax_settings(request):
     """Gives a module marked `standard_jax` JAX's own defaults, with `x64=True` all but one.
 
-    optax's optimizers and Flax's own layers raise under strict promotion. One marked
-    `quick_compile` compiles without the optimizations of LLVM; those of XLA stay.
+    optax's optimizers and Flax's own layers raise under strict promotion.
     """
     with contextlib.ExitStack() as stack:
         if request.node.get_closest_marker("quick_compile"):
-            jax.config.update("jax_disable_most_optimizations", True)
-            stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
+            stack.enter_context(quick_compile())
         for mark in request.node.iter_markers("standard_jax"):
             stack.enter_context(jax.enable_x64(mark.kwargs.get("x64", False)))
             stack.enter_context(jax.numpy_dtype_promotion("standard"))
             stack.enter_context(jax.numpy_rank_promotion("allow"))
+        yield
+
+
+@contextlib.contextmanager
+def quick_compile() -> Iterator[None]:
+    """Inside, programs compile without the optimizations of LLVM; those of XLA stay.
+
+    And by XLA's older code generator for CPUs, where it still has it: together a small program
+    takes a fifth of the time. Tests of accuracy, of the HLO, and of what random arguments find are
+    not marked: they compile what users do.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    with older_generator() if jax.__version_info__ < (0, 11) else contextlib.nullcontext():
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def older_generator() -> Iterator[None]:
+    from jax._src import compiler  # there is no public default of the compiler's options
+
+    original = compiler.get_compile_options
+    older = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+    def get_compile_options(*args: Any, env_options_overrides: Any = None, **kwargs: Any) -> Any:
+        overrides = {**older, **(env_options_overrides or {})}
+        return original(*args, env_options_overrides=overrides, **kwargs)
+
+    with mock.patch.object(compiler, "get_compile_options", get_compile_options):
         yield
