@@ -139,7 +139,7 @@ def load(path: Path) -> Callable[..., Any]:
     _files.require("flatbuffers", "export")
     with open(path, "rb") as file:
         content = bytearray(file.read())
-    end = content.rfind(_SEAL, -len(_SEAL) - hashlib.sha256().digest_size)
+    end = content.rfind(_SEAL)
     if end >= 0:
         digest = content[end + len(_SEAL) :]
         del content[end:]

@@ -265,7 +265,7 @@ def content():
 
 
 def test_a_byte_that_has_changed(tmp_path):
-    """Also among the weights, where jax would read other numbers."""
+    """Also among the weights, where jax would read other numbers, and in what was added to."""
     weights = RNG.normal(size=3).astype(np.float32)
     jbn.export.save(tmp_path / "f", lambda x: x + weights, jnp.ones((2, 3)), platforms=["cpu"])
     np.testing.assert_array_equal(jbn.export.load(tmp_path / "f")(np.zeros((1, 3))), [weights])
@@ -273,7 +273,7 @@ def test_a_byte_that_has_changed(tmp_path):
     digest = range(len(content) - 32, len(content))
     for i in (content.index(weights.tobytes()), *range(0, len(content) - 64, 40), *digest):
         changed = content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
-        for damaged in [changed, content[:i]] if i in digest else [changed]:
+        for damaged in [changed, content[:i]] if i in digest else [changed, changed + b"\n"]:
             (tmp_path / "f").write_bytes(damaged)
             with pytest.raises(ValueError, match="f' is damaged, as its checksum shows"):
                 jbn.export.load(tmp_path / "f")
