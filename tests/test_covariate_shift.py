@@ -12,7 +12,7 @@ import pytest
 from common import load_dataset
 from covariate_shift import LAYERS, UNITS, Measured, SigmoidNet
 
-from tests.scripts import exits
+from tests.scripts import drawn, exits, lines
 
 pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
@@ -26,11 +26,21 @@ RESULTS = ROOT / "examples/results"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run: its folder and its results."""
+    """A run: its folder, its results, and what was called with which arguments."""
     folder = tmp_path_factory.mktemp("run") / "new" / "folder"
-    covariate_shift.main([*FLAGS, "--output", str(folder)])
+    called = {"train_steps": [], "measure": []}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, calls in called.items():
+            function = getattr(covariate_shift, name)
+
+            def recorded(*args, function=function, calls=calls):
+                calls.append(args)
+                return function(*args)
+
+            patch.setattr(covariate_shift, name, recorded)
+        covariate_shift.main([*FLAGS, "--output", str(folder)])
     results = json.loads((folder / "covariate_shift.json").read_text())
-    return SimpleNamespace(folder=folder, results=results)
+    return SimpleNamespace(folder=folder, results=results, **called)
 
 
 def test_results(run):
@@ -56,6 +66,43 @@ def test_results(run):
     plain, batch_norm = results["networks"].values()
     assert np.abs(np.array(batch_norm["percentiles"][0]) - [-1, 0, 1]).max() < 0.3
     assert max(batch_norm["last_loss"][0]) < min(plain["last_loss"][0])
+
+
+def test_trains_and_measures_on_black_and_white_images(run):
+    """On those to train on, and on those to test on."""
+    data = load_dataset("digits", Path())
+    for calls, images, labels in (
+        (run.train_steps, data.train_images, data.train_labels),
+        (run.measure, data.test_images, data.test_labels),
+    ):
+        for *_, used_images, used_labels in calls:
+            np.testing.assert_array_equal(used_images, images > 127)
+            np.testing.assert_array_equal(used_labels, labels)
+
+
+def test_both_rates_begin_at_the_same_weights(run):
+    starts = run.train_steps[::CHECKS]
+    assert [(call[0].batch_norm, call[4]) for call in starts] == [
+        (batch_norm, rate) for batch_norm in (False, True) for rate in (1.0, HUGE_RATE)
+    ]
+    for one, other in (starts[:2], starts[2:]):
+        jax.tree.map(np.testing.assert_array_equal, one[2], other[2])
+
+
+def test_shown_is_the_best_rate_without_batch_norm():
+    settings = {"learning_rates": [0.1, 0.2, 0.4]}
+    history = covariate_shift.empty_history(rates=3, checks=2, seeds=2)
+    for values in (history.loss, *history.measured):
+        values[:] = 1.0
+    history.measured.accuracy[:, :, -1, :] = np.array([[0.5, 0.7, 0.9], [0.6, 0.95, 0.9]])[
+        ..., None
+    ]
+    history.loss[0, 2, -1] = np.nan  # the best but for this
+    results = covariate_shift.results_of(settings, history)
+    assert results["shown_learning_rate"] == 0.2
+    history.measured.accuracy[0, 0, -1] = 0.8
+    results = covariate_shift.results_of(settings, history)
+    assert results["shown_learning_rate"] == 0.1
 
 
 def test_divergence_is_a_result(run):
@@ -269,6 +316,43 @@ def test_layers(untrained):
     assert np.std(plain["Dense_0"]["kernel"]) == pytest.approx(0.1, rel=0.02)
 
 
+def test_figure():
+    """What is drawn is in the committed results."""
+    results = json.loads((RESULTS / "covariate_shift.json").read_text())
+    figure = drawn(covariate_shift.figure, results)
+    curves, *inputs, by_rate, mean_moves, std_moves = figure.axes
+    steps = np.arange(101) * 500
+    shown = results["learning_rates"].index(results["shown_learning_rate"])
+    for (name, network), axes in zip(results["networks"].items(), inputs, strict=True):
+        accuracies = 100 * np.array(network["test_accuracy"])
+        expected = np.median(accuracies[shown], axis=-1)
+        np.testing.assert_array_equal(lines(curves)[name], np.stack([steps, expected], axis=-1))
+        percentiles = lines(axes)
+        for column, label in enumerate(("15th percentile", "median", "85th percentile")):
+            expected = [row[column] for row in network["percentiles"]]
+            np.testing.assert_array_equal(percentiles[label][:, 1], expected)
+        (bars,) = (bars for bars in by_rate.containers if bars.get_label() == name)
+        line, _, (segments,) = bars.lines
+        wrong = 100 - accuracies[:, -1]
+        np.testing.assert_allclose(line.get_ydata(), np.median(wrong, axis=-1))
+        ends = [segment[:, 1] for segment in segments.get_segments()]
+        np.testing.assert_allclose(ends, np.stack([wrong.min(-1), wrong.max(-1)], axis=-1))
+        for moved, key in ((mean_moves, "mean_moves"), (std_moves, "std_moves")):
+            expected = np.median(np.array(network[key], float), axis=1)
+            for layer in range(LAYERS):
+                points = lines(moved)[f"{name}, layer {layer + 1}"]
+                np.testing.assert_array_equal(points, np.stack([steps[1:], expected[:, layer]], -1))
+    assert curves.get_ylim() == (80, 100)
+
+
+def test_figure_shows_low_accuracies(run):
+    """Where the last of them are below those of MNIST."""
+    last = [np.array(n["test_accuracy"])[0, -1] for n in run.results["networks"].values()]
+    assert np.min(last) < 0.8
+    curves = drawn(covariate_shift.figure, run.results).axes[0]
+    assert curves.get_ylim()[0] < 100 * np.min(last)
+
+
 def test_figure_where_all_diverged(run):
     nothing = json.loads(json.dumps(run.results))
     for network in nothing["networks"].values():
@@ -323,7 +407,8 @@ def test_readme_figures():
         plain, batch_norm = moved(results, "std_moves", late)
         assert (plain < batch_norm)[:2].all()
     plain, batch_norm = moved(large, "mean_moves", slice(60, None))
-    assert max(plain) < 1.1 * max(batch_norm)
+    first, second, last = (f"{ratio:.1f}" for ratio in plain / batch_norm)
+    assert f"{last} times as far; those of the others {first} and {second} times" in text
 
     medians = {
         name: [
@@ -333,7 +418,8 @@ def test_readme_figures():
         for name in small["networks"]
     }
     ends = [f"{f(medians[n]):.1f}" for n in ("batch norm", "plain") for f in (np.min, np.max)]
-    assert "from {} to {} %, and the plain network from {} to {} %".format(*ends) in text
+    medians = "with batch norm go from {} to {} %, those of the plain network from {} to {} %"
+    assert medians.format(*ends) in text
     widths = [
         f"{high - low:.1f}"
         for network in small["networks"].values()
