@@ -202,7 +202,8 @@ def figure(results: Mapping[str, Any]) -> bytes:
         color, style = COLORS[arm.batch_norm, arm.activation], STYLES[arm.factor]
         for axes in (whole, near):
             axes.plot(steps, 100 * curves.T, style, color=color, alpha=0.5, linewidth=0.5)
-            axes.plot(steps, 100 * np.median(curves, axis=0), style, color=color, label=label)
+            median = 100 * np.median(curves, axis=0)
+            axes.plot(steps, median, style, marker=".", markersize=3, color=color, label=label)
     for axes in (whole, near):
         label = f"{100 * target:.1f} %, the highest of {BASELINE}"
         axes.axhline(100 * target, color="black", linewidth=0.8, label=label)

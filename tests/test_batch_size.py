@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.scripts import exits, table_rows, unwrapped
+from tests.scripts import drawn, exits, table_rows, unwrapped
 
 pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
@@ -59,7 +59,7 @@ def test_numbers(finished):
         for size in SIZES
         for seed in range(SEEDS)
     ]
-    rates = {(False, 8): 0.0025, (False, 500): 0.01, (True, 8): 0.0125, (True, 500): 0.4}
+    rates = {(False, 8): 0.0075, (False, 500): 0.1, (True, 8): 0.0125, (True, 500): 0.4}
     for run in runs:
         assert run["learning_rate"] == rates[run["batch_norm"], run["batch_size"]]
         assert run["steps"] == 1347 // run["batch_size"]
@@ -84,6 +84,16 @@ def test_running_statistics_are_the_layers(finished, digits):
         if run["batch_norm"] and run["batch_size"] == 8 and run["seed"] == 1
     )
     assert run["accuracy"]["running, 0.9"] == float(found)
+
+
+def test_averages():
+    """Of numbers by hand, each by its own momentum."""
+    start = {"mean": jnp.array([1.0, 2.0])}
+    averages = batch_size.update_averages(
+        {0.9: start, 0.99: start}, {"mean": jnp.array([3.0, 2.0])}
+    )
+    np.testing.assert_allclose(averages[0.9]["mean"], [1.2, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(averages[0.99]["mean"], [1.02, 2.0], rtol=1e-6)
 
 
 def forward(params, images, statistics):
@@ -183,7 +193,8 @@ def test_other_settings_are_refused(finished, capsys):
 
 
 def test_divergence_is_a_result(digits, monkeypatch):
-    monkeypatch.setattr(batch_size, "LEARNING_RATES", {False: (1e38, 1e38), True: (1e38, 1e38)})
+    rates = dict.fromkeys(batch_size.LEARNING_RATES, (1e38, 1e38))
+    monkeypatch.setattr(batch_size, "LEARNING_RATES", rates)
     for batch_norm, names in ((False, ["plain"]), (True, MODES)):
         found = batch_size.train(
             "dense", batch_norm, 500, 0, digits, 1, SimpleNamespace(update=int)
@@ -257,6 +268,37 @@ def test_findings():
     assert first == "dense: with batch norm it does better at all batch sizes."
 
 
+def test_figure():
+    """Means and ranges over the seeds, and below what is lost to exact statistics."""
+    results = made_results()
+    results["runs"][-1]["accuracy"]["exact"] = 0.5  # residual, 512, seed 1
+    figure = drawn(batch_size.figure, results)
+    top, bottom = figure.axes[:2], figure.axes[2:]
+    for axes, lost in zip((*top, *bottom), (False, False, True, True), strict=True):
+        network = top[axes in (top[1], bottom[1])].get_title().removesuffix(" network")
+        exact = batch_size.accuracies(results, network, "exact")
+        shown = {}
+        for bars in axes.containers:
+            line, _, (segments,) = bars.lines
+            ranges = [segment[:, 1] for segment in segments.get_segments()]
+            shown[bars.get_label()] = np.column_stack([line.get_xydata(), ranges])
+        labels = {
+            "plain": "no batch norm",
+            "exact": "batch norm, exact statistics",
+            "running, 0.9": "batch norm, running statistics, momentum 0.9",
+            "running, 0.99": "batch norm, running statistics, momentum 0.99",
+            "batch": "batch norm, statistics of the test batch",
+        }
+        for name in labels if not lost else MODES:
+            if lost and name == "exact":
+                continue
+            values = batch_size.accuracies(results, network, name) - (exact if lost else 0)
+            expected = [[2, 16, 512], values.mean(-1), values.min(-1), values.max(-1)]
+            found = shown.pop(labels[name])
+            np.testing.assert_allclose(found, np.transpose(expected), atol=1e-9)
+        assert not shown
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -320,6 +362,7 @@ def test_readme_figures():
         f"the dense network {lost('dense', 'running, 0.99', -1)};",
         f"{lost('dense', 'batch', 0)} points at 2 in the dense network",
         f"{lost('residual', 'batch', 1)} at 4 in the ResNet",
+        f"loses {np.ptp(means['dense', 'plain'][[0, -1]]):.1f} points from 2 to 512",
     ):
         assert phrase in section
     assert f"leave {0.99**117:.0%}".replace("%", " %") in section

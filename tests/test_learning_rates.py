@@ -18,7 +18,7 @@ from flax import linen as nn
 from rich.console import Console
 
 from jbn.linen import BatchNorm
-from tests.scripts import exits, table_rows, unwrapped
+from tests.scripts import drawn, exits, lines, table_rows, unwrapped
 
 pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
@@ -246,6 +246,24 @@ def test_table():
     assert rows["BN x5"][:4] == ["0.1", "10 (10 to 20)", "90.0 (75.0 to 90.0)", "0"]
     assert rows["BN x30"][:4] == ["0.1", ">20 (10 to >20)", "10.0 (10.0 to 71.0)", "3 (2)"]
     assert rows["plain sigmoid x5"] == ["1", ">20", "10.0", "3 (0)", ""]
+
+
+def test_figure():
+    """Medians of the committed curves, and the target, in both parts."""
+    results = json.loads((EXAMPLES / "results/learning_rates.json").read_text())
+    for axes in drawn(learning_rates.figure, results).axes:
+        shown = lines(axes)
+        target = 100 * learning_rates.target_of(results["runs"])
+        (label,) = (label for label in shown if label.startswith(f"{target:.1f} %"))
+        assert set(shown[label][:, 1]) == {target}
+        for name, runs in results["runs"].items():
+            (label,) = (label for label in shown if label.startswith(f"{name} ("))
+            assert label.startswith(f"{name} ({runs[0]['learning_rate']:g}")
+            failed = sum(run["accuracy"][-1] < 0.2 for run in runs)
+            assert (f", {failed} of 3 fail" in label) == bool(failed)
+            median = 100 * np.median([run["accuracy"] for run in runs], axis=0)
+            expected = np.stack([np.arange(100, 4001, 100), median], axis=-1)
+            np.testing.assert_allclose(shown[label], expected)
 
 
 class Linear(nn.Module):
