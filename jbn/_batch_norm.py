@@ -417,10 +417,10 @@ def _activate(spec: _Spec, z: jax.Array, *closed_over: jax.Array) -> jax.Array:
 
 
 def _once(a: _Operands) -> _Operands:
-    """Has the feature arrays computed before the loop over x."""
-    features = {k: v for k, v in a._asdict().items() if k not in ("x", "residual")}
-    present = [k for k, v in features.items() if v is not None]
-    values = _lowering.once(*(features[k] for k in present))
+    """Has the feature arrays computed before the loop over x; those of statistics are already."""
+    names = ("factor", "bias") if a.offset is not None else ("shift", "factor", "bias")
+    present = [name for name in names if getattr(a, name) is not None]
+    values = _lowering.once(*(getattr(a, name) for name in present))
     return a._replace(**dict(zip(present, values, strict=True)))
 
 

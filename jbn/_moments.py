@@ -243,7 +243,12 @@ def _finish(shifted: "_Shifted", count: jax.Array) -> Statistics:
     var = mean_square - square_of_mean
     # Not jnp.maximum, which halves the derivative of a constant feature, at the tie.
     var = jnp.where(mean_square < square_of_mean, 0, var)
-    return Statistics(shift, offset, var, count)
+    return _once(Statistics(shift, offset, var, count))
+
+
+def _once(stats: Statistics) -> Statistics:
+    """Has them computed before the loops over x that read them."""
+    return Statistics(*_lowering.once(*stats[:3]), stats.count)
 
 
 def _sharded_statistics(axes: Axes, x: jax.Array, mask: jax.Array | None) -> Statistics:
@@ -275,7 +280,7 @@ def _local_statistics_bwd(axes, kept, g):
     x, mask, (shift, offset, var, count) = kept
     n = _divisor(count)
     constant, slope = times(1 / n, g.offset), 2 * g.var / n
-    features = _lowering.once(shift, offset, constant, slope)
+    features = shift, offset, *_lowering.once(constant, slope)
     shift, offset, constant, slope = map(axes.expand, features)
     read = x if mask is None else _of_weight(mask, x)
     centred = (read.astype(shift.dtype) - shift) - offset
@@ -442,8 +447,8 @@ def _merged(
     names = tuple(itertools.chain(*batch.exchanges))
     stats = Statistics(*(_axes.vary_over(v, names) for v in stats))
     if mask is None:
-        return _merge(batch, axes.reduced_size(x.shape), False, stats)
-    return _merge(batch, None, jnp.issubdtype(mask.dtype, jnp.floating), stats)
+        return _once(_merge(batch, axes.reduced_size(x.shape), False, stats))
+    return _once(_merge(batch, None, jnp.issubdtype(mask.dtype, jnp.floating), stats))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
