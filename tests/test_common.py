@@ -479,7 +479,10 @@ def test_a_full_disk_keeps_what_is_saved(saved, monkeypatch):
 def test_what_a_killed_save_leaves_is_removed(saved):
     (saved / "3").rename(saved / "4.orbax-checkpoint-tmp")
     assert restored(saved)[1:] == ([2], 2)
-    assert [path.name for path in saved.iterdir()] == ["2"]
+    manager = common.checkpoints(saved)
+    common.save(manager, 3, STATE, SETTINGS)
+    manager.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
 
 
 def test_checkpoints_where_a_file_is(tmp_path, capsys):
