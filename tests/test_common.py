@@ -373,6 +373,8 @@ def test_data_that_cannot_be_looked_for(where, message, flags, tmp_path, capsys)
     error = capsys.readouterr().err
     assert "error: --dataset mnist: [Errno " in error
     assert f"{message}: '{tmp_path / where / 'mnist'}" in error
+    with pytest.raises(DataError, match=message):
+        common.load_dataset("mnist", tmp_path / where)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
