@@ -16,10 +16,12 @@ last good checkpoint is kept.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,10 @@ from common import (
     Dataset,
     HelpFormatter,
     add_data_flags,
+    check_folder,
     checkpoints,
     dataset_of,
+    ending_in_one_line,
     output_folder,
     positive_float,
     positive_int,
@@ -49,7 +53,9 @@ from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore # made on import
 from tqdm import tqdm
 
 from jbn.linen import BatchNorm, batch_norm_mask
@@ -164,25 +170,26 @@ class TrainState(train_state.TrainState):
     totals: Any
 
 
-def learning_rate_schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
+def learning_rate_schedule(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
     """By step: a line from 0 to the peak over a share of the steps, then half a cosine to 0."""
-    return optax.warmup_cosine_decay_schedule(0, peak, int(warmup * steps), steps)
+    rise = int(settings["warmup"] * steps)
+    return optax.warmup_cosine_decay_schedule(0, settings["learning_rate"], rise, steps)
 
 
-def init_state(
-    model: nn.Module, schedule: optax.Schedule, weight_decay: float, images: Any, seed: int
-) -> TrainState:
+def init_state(settings: Mapping[str, Any], steps: int, images: jax.Array) -> TrainState:
     """An untrained network and its optimizer.
 
     The decay is of all parameters but batch norm's: a layer that batch norm follows computes the
     same whatever the scale of its weights, so that decay of these only sets their learning rate,
     while decay of batch norm's own would hold back what the network computes.
     """
-    variables: Any = model.init(jax.random.key(seed), images, train=False)
+    dtype = jnp.bfloat16 if settings["bfloat16"] else jnp.float32
+    model = NETWORKS[settings["network"]](dtype=dtype)
+    variables: Any = model.init(jax.random.key(settings["seed"]), images, train=False)
     decayed = jax.tree.map(lambda is_batch_norm: not is_batch_norm, batch_norm_mask(variables))
     optimizer = optax.chain(
-        optax.add_decayed_weights(weight_decay, decayed),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
+        optax.add_decayed_weights(settings["weight_decay"], decayed),
+        optax.sgd(learning_rate_schedule(settings, steps), momentum=0.9, nesterov=True),
     )
     totals = {"loss": jnp.zeros(()), "accuracy": jnp.zeros(())}
     return TrainState.create(apply_fn=model.apply, tx=optimizer, totals=totals, **variables)
@@ -266,11 +273,9 @@ def augment(images: np.ndarray, rng: np.random.Generator, mirror: bool) -> np.nd
 
 
 def train_batches(
+    settings: Mapping[str, Any],
     dataset: Dataset,
     standardize: Callable[[np.ndarray], np.ndarray],
-    batch_size: int,
-    epochs: int,
-    seed: int,
 ) -> grain.MapDataset[tuple[np.ndarray, np.ndarray]]:
     """Images and labels of each step, by its number: that alone says where in the data a run is.
 
@@ -282,9 +287,10 @@ def train_batches(
         images = standardize(dataset.train_images[indices])
         return augment(images, rng, dataset.name in MIRRORED), dataset.train_labels[indices]
 
-    count = len(dataset.train_labels)
-    order = grain.MapDataset.range(count).seed(seed).shuffle()[: count // batch_size * batch_size]
-    return order.batch(batch_size).random_map(load).repeat(epochs)  # in a new order each
+    count, size = len(dataset.train_labels), settings["batch_size"]
+    order = grain.MapDataset.range(count).seed(settings["seed"]).shuffle()[: count // size * size]
+    # In a new order in each epoch.
+    return order.batch(size).random_map(load).repeat(settings["epochs"])
 
 
 def evaluate(
@@ -306,6 +312,15 @@ def evaluate(
     return {key: float(sum(total[key] for total in totals)) / count for key in totals[0]}
 
 
+def log(writer: EventsWriter, step: int, **what: Any) -> None:
+    """Writes an event for TensorBoard, which is on the disk after `writer.flush()`.
+
+    tensorboardX's `SummaryWriter` writes in a thread, for which its `flush` does not wait, and
+    whose failure on a full disk it does not see.
+    """
+    writer.write_event(Event(wall_time=time.time(), step=step, **what))
+
+
 def train(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
@@ -319,66 +334,67 @@ def train(
         is in `diverged_at_step`, if there was one.
     """
     standardize = standardizer(dataset.train_images)
-    batches = train_batches(dataset, standardize, args.batch_size, args.epochs, args.seed)
+    batches = train_batches(settings, dataset, standardize)
     last, epoch_steps = len(batches), len(batches) // args.epochs
-    schedule: Any = learning_rate_schedule(args.learning_rate, args.warmup, last)
-    model = NETWORKS[args.network](dtype=jnp.bfloat16 if args.bfloat16 else jnp.float32)
+    schedule: Any = learning_rate_schedule(settings, last)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ([], ["data"]))
-    init = functools.partial(init_state, model, schedule, args.weight_decay)
-    image = standardize(dataset.train_images[:1])
-    state = jax.jit(init, out_shardings=everywhere)(image, args.seed)
+    init = functools.partial(init_state, settings, last)
+    state = jax.jit(init, out_shardings=everywhere)(standardize(dataset.train_images[:1]))
 
     manager = checkpoints(args.output / "checkpoints")
     state, epochs, start = restore(parser, manager, state, settings)
     epochs = epochs or []
     if start:
         print(f"Restored step {start} of {last} from {manager.directory}")
-    # Purged is what a killed run logged after that step.
-    writer = SummaryWriter(f"{args.output / 'tensorboard'}", purge_step=start + 1)
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     data = batches[start:].to_iter_dataset(reading) if start < last else ()
     steps = tqdm(enumerate(data, start + 1), args.network, total=last, initial=start, unit="step")
+    writer = EventsWriter(f"{args.output / 'tensorboard' / 'events'}")
     diverged_at = None
-    for step, batch in steps:
-        batch = jax.device_put(batch, split)
-        state, metrics = train_step(state, *batch, args.label_smoothing)
-        logs, ends = step % LOG_EVERY == 0, step % epoch_steps == 0
-        saves = step % args.checkpoint_every == 0 or step == last
-        if not (logs or ends or saves):
-            continue  # to the next one, without waiting for the devices
-        tests = evaluate(state, dataset, standardize, args.batch_size, split) if ends else {}
-        if not (is_finite(state) and all(map(math.isfinite, tests.values()))):
-            diverged_at, good = step, manager.latest_step()
-            kept = f"The last good checkpoint, of step {good}, is" if good else "No checkpoint is"
-            tqdm.write(
-                f"Diverged: at step {step} of {last} a loss or a parameter is not finite. {kept} "
-                "kept. Try a lower --learning-rate."
-            )
-            break
-        rate = float(schedule(step - 1))
-        if logs:
-            for name, value in {**metrics, "learning_rate": rate}.items():
-                writer.add_scalar(f"train/{name}", float(value), step)
-        if ends:
-            epoch = {"epoch": step // epoch_steps, "learning_rate": rate}
-            epoch |= {f"train_{name}": float(x) / epoch_steps for name, x in state.totals.items()}
-            epoch |= {f"test_{name}": value for name, value in tests.items()}
-            epochs.append(epoch)
-            tqdm.write(
-                f"epoch {epoch['epoch']}: loss {epoch['train_loss']:.3f}, test loss "
-                f"{tests['loss']:.3f}, test accuracy {100 * tests['accuracy']:.2f} %"
-            )
-            for name, value in tests.items():
-                writer.add_scalar(f"test/{name}", value, step)
-            for path, values in flatten_dict(state.batch_stats, sep="/").items():
-                writer.add_histogram(f"batch_stats/{path}", np.asarray(values), step)
-            state = state.replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
-        if saves:
-            writer.flush()  # what is logged until here is not logged again
-            save(manager, step, state, settings, epochs)
-    manager.close()
-    writer.close()
+    with contextlib.closing(manager), contextlib.closing(writer), steps:
+        # Purged is what a killed run logged after that step.
+        log(writer, start + 1, session_log=SessionLog(status=SessionLog.START))
+        for step, batch in steps:
+            batch = jax.device_put(batch, split)
+            state, metrics = train_step(state, *batch, args.label_smoothing)
+            logged, ends = step % LOG_EVERY == 0, step % epoch_steps == 0
+            saves = step % args.checkpoint_every == 0 or step == last
+            if not (logged or ends or saves):
+                continue  # to the next one, without waiting for the devices
+            tests = evaluate(state, dataset, standardize, args.batch_size, split) if ends else {}
+            if not (is_finite(state) and all(map(math.isfinite, tests.values()))):
+                diverged_at, good = step, manager.latest_step()
+                kept = f"The last good checkpoint, of step {good}," if good else "No checkpoint"
+                another = " and another --output" if good else ""
+                tqdm.write(
+                    f"Diverged: at step {step} of {last} a loss or a parameter is not finite. "
+                    f"{kept} is kept. Try a lower --learning-rate{another}."
+                )
+                break
+            rate = float(schedule(step - 1))
+            if logged:
+                for name, value in {**metrics, "learning_rate": rate}.items():
+                    log(writer, step, summary=summary.scalar(f"train/{name}", float(value)))
+            if ends:
+                epoch = {"epoch": step // epoch_steps, "learning_rate": rate}
+                for name, total in state.totals.items():
+                    epoch[f"train_{name}"] = float(total) / epoch_steps
+                epoch |= {f"test_{name}": value for name, value in tests.items()}
+                epochs.append(epoch)
+                tqdm.write(
+                    f"epoch {epoch['epoch']}: loss {epoch['train_loss']:.3f}, test loss "
+                    f"{tests['loss']:.3f}, test accuracy {100 * tests['accuracy']:.2f} %"
+                )
+                for name, value in tests.items():
+                    log(writer, step, summary=summary.scalar(f"test/{name}", value))
+                for path, x in flatten_dict(state.batch_stats, sep="/").items():
+                    histogram = summary.histogram(f"batch_stats/{path}", np.asarray(x), bins=30)
+                    log(writer, step, summary=histogram)
+                state = state.replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
+            if saves:
+                writer.flush()  # what is logged until here is not logged again
+                save(manager, step, state, settings, epochs)
     return {
         "settings": settings,
         "parameters": sum(param.size for param in jax.tree.leaves(state.params)),
@@ -404,7 +420,7 @@ def figure(results: Mapping[str, Any]) -> bytes:
         accuracy.axhline(PAPER, color="gray", linestyle="--", label=label)
     epoch_steps = results["steps_per_epoch"]
     steps = np.arange(settings["epochs"] * epoch_steps)
-    schedule = learning_rate_schedule(settings["learning_rate"], settings["warmup"], len(steps))
+    schedule = learning_rate_schedule(settings, len(steps))
     rate.plot(steps / epoch_steps, schedule(steps), color="tab:green", label="of SGD")
     loss.set(title="Loss", ylabel="cross entropy, nats")
     accuracy.set(title="Accuracy", ylabel="images recognized, %")
@@ -424,8 +440,10 @@ def figure(results: Mapping[str, Any]) -> bytes:
     outcome = "diverged"
     if results["diverged_at_step"] is None:
         outcome = f"{100 * epochs[-1]['test_accuracy']:.2f} % test accuracy"
+    passes = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']} epochs"
     fig.suptitle(
-        f"{settings['network']} on {settings['dataset']}, {settings['epochs']} epochs: {outcome}"
+        f"{settings['network']} on {settings['dataset']}, {passes}, one seed "
+        f"({settings['seed']}): {outcome}"
     )
     png = io.BytesIO()
     fig.savefig(png, format="png", dpi=150)
@@ -465,6 +483,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@ending_in_one_line("from the last checkpoint")
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks the flags, trains, and writes the numbers and the figure."""
     parser = make_parser()
@@ -476,12 +495,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.batch_size > len(dataset.train_labels):
         images = len(dataset.train_labels)
         parser.error(f"--batch-size must be at most {images}, the images, not {args.batch_size}")
-    output_folder(parser, args)
+    folder = output_folder(parser, args, "cifar_resnet.json", "cifar_resnet.png")
+    check_folder(parser, "--output", folder / "tensorboard")
     settings = {"dataset": dataset.name, **{name: getattr(args, name) for name in DECISIVE}}
     results = train(parser, args, dataset, settings)
-    write_whole(args.output / "cifar_resnet.json", json.dumps(results, indent=1).encode())
-    write_whole(args.output / "cifar_resnet.png", figure(results))
-    print(f"Wrote {args.output / 'cifar_resnet.json'} and {args.output / 'cifar_resnet.png'}")
+    write_whole(folder / "cifar_resnet.json", json.dumps(results, indent=1).encode())
+    write_whole(folder / "cifar_resnet.png", figure(results))
+    print(f"Wrote {folder / 'cifar_resnet.json'} and {folder / 'cifar_resnet.png'}")
 
 
 if __name__ == "__main__":

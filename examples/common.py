@@ -6,12 +6,18 @@ Copy this file along with the example that you copy.
 """
 
 import argparse
+import contextlib
+import errno
 import functools
 import gzip
 import hashlib
 import json
+import logging
 import math
+import os
 import shlex
+import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +33,7 @@ from flax import linen as nn
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tqdm import tqdm
 
 from jbn.linen import BatchNorm
 
@@ -144,7 +151,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     folder = data_dir / name
     try:
         return Dataset(name, *(_load_cifar10 if name == "cifar10" else _load_idx)(folder, name))
-    except DataError as error:
+    except (DataError, OSError) as error:  # as of a folder that may not be looked into
         raise DataError(f"{error}\n{how_to_get(name, data_dir)}") from error
 
 
@@ -330,16 +337,14 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
 
 def dataset_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Dataset:
     """The data set that the flags ask for, or digits where the default one is not there."""
-    name = args.dataset
-    if name == "auto":
-        name = args.default_dataset
-        if not (args.data_dir / name).exists():
+    name = args.default_dataset if args.dataset == "auto" else args.dataset
+    try:
+        if args.dataset == "auto" and not (args.data_dir / name).exists():
             print(f"No folder {args.data_dir / name}: trains on scikit-learn's digits instead.")
             print(how_to_get(name, args.data_dir))
             name = "digits"
-    try:
         return load_dataset(name, args.data_dir)
-    except DataError as error:
+    except (DataError, OSError) as error:
         parser.error(f"--dataset {name}: {error}")
 
 
@@ -377,9 +382,37 @@ def spread(values: np.ndarray | Sequence[float], form: str, limit: float = np.in
     return median if low == high else f"{median} ({low} to {high})"
 
 
-def output_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
-    """The folder of --output, which is there and can be written afterwards."""
+@contextlib.contextmanager
+def ending_in_one_line(goes_on: str) -> Iterator[None]:
+    """Decorates a `main` that ends with a line, not a traceback, by Ctrl-C or on a full disk.
+
+    Args:
+        goes_on: where the same command does afterwards.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        ending, code = "Interrupted", 130  # as a shell has it
+    except OSError as error:
+        ending, code = f"{error}", 1
+    else:
+        return
+    tqdm.write(f"{ending}. The same command goes on {goes_on}.", file=sys.stderr)
+    sys.exit(code)
+
+
+def output_folder(parser: argparse.ArgumentParser, args: argparse.Namespace, *files: str) -> Path:
+    """The folder of --output, which is there and can be written afterwards.
+
+    Args:
+        parser: tells of a folder that cannot be.
+        args: has `output`.
+        files: names of those that will be written there.
+    """
     check_folder(parser, "--output", args.output)
+    for path in (args.output / file for file in files):
+        if path.is_dir():
+            parser.error(f"--output: {path} must be a file, or not be there, but is a folder")
     return args.output
 
 
@@ -394,9 +427,10 @@ def check_folder(parser: argparse.ArgumentParser, flag: str, folder: Path) -> No
 
 def checkpoints(folder: Path) -> ocp.CheckpointManager:
     """Keeps the last two checkpoints in a folder, each whole or not there."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises all the same
     return ocp.CheckpointManager(
         folder.absolute(),  # Orbax refuses a relative one
-        options=ocp.CheckpointManagerOptions(max_to_keep=2),
+        options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
         item_handlers=ocp.StandardCheckpointHandler(),
     )
 
@@ -416,7 +450,14 @@ def save(
         state: a tree of arrays.
         settings: all that decides the run, as JSON can hold it, by the names of the flags.
         results: what came out until then, as JSON can hold it.
+
+    Raises:
+        OSError: The disk is full.
     """
+    needed = 2**20 + sum(array.nbytes for array in jax.tree.leaves(state))  # the rest is small
+    if shutil.disk_usage(manager.directory).free < needed:  # Orbax would leave parts of it
+        path = f"{manager.directory / f'{step}'}"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     metadata = {"settings": settings, "results": results}
     manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=metadata)
     # Nothing that changes meanwhile is written, and no error comes late.
@@ -456,7 +497,7 @@ def restore(
 
 
 def read_results(
-    parser: argparse.ArgumentParser, path: Path, settings: dict[str, Any]
+    parser: argparse.ArgumentParser, path: Path, settings: dict[str, Any], layout: Any = dict
 ) -> dict[str, Any]:
     """The results of an interrupted run of the same settings, to go on with, or empty ones.
 
@@ -464,19 +505,35 @@ def read_results(
         parser: tells of a file that does not fit.
         path: of the results, as JSON.
         settings: all that decides the run, as JSON can hold it, by the names of the flags.
+        layout: of the results but for their settings: a type; a dict of a layout by each key; a
+            list of the one layout of all items; or a tuple of layouts, of which one fits.
     """
     if not path.exists():
         return {"settings": settings}
     try:
         results: Any = json.loads(path.read_bytes())
-        saved = dict(results["settings"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        saved = dict(results.pop("settings"))
+        _check_settings(parser, path, saved, settings)
+        if not _fits(results, layout):
+            raise ValueError("other results than it writes")
+        return {"settings": settings, **results}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         parser.error(
             f"--output: {path} is damaged, or not of this script ({error}); move it away, or "
             "choose another folder"
         )
-    _check_settings(parser, path, saved, settings)
-    return results
+
+
+def _fits(value: Any, layout: Any) -> bool:
+    """Whether a value of JSON has a layout, as of `read_results`."""
+    if isinstance(layout, tuple):
+        return any(_fits(value, one) for one in layout)
+    if isinstance(layout, list):
+        return isinstance(value, list) and all(_fits(item, layout[0]) for item in value)
+    if isinstance(layout, dict):
+        same_keys = isinstance(value, dict) and value.keys() == layout.keys()
+        return same_keys and all(_fits(value[key], layout[key]) for key in layout)
+    return isinstance(value, layout)
 
 
 def _check_settings(

@@ -19,11 +19,12 @@ import cifar_resnet
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from common import load_dataset
+from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
+from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tests.scripts import exits, unwrapped
@@ -32,13 +33,24 @@ pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 ROOT = Path(__file__).parents[1]
 TINY = functools.partial(cifar_resnet.ResNet, (1,), 8)
-EPOCHS, BATCH_SIZE, RATE, SMOOTHING = 2, 64, 0.3, 0.1
+SETTINGS = {  # none is the default, but for bfloat16
+    "dataset": "digits",
+    "network": "resnet18",
+    "epochs": (EPOCHS := 2),
+    "batch_size": (BATCH_SIZE := 64),
+    "learning_rate": (RATE := 0.3),
+    "warmup": (WARMUP := 0.1),
+    "weight_decay": 1e-3,
+    "label_smoothing": (SMOOTHING := 0.1),
+    "bfloat16": False,
+    "seed": 4,
+}
 EPOCH_STEPS = 1347 // BATCH_SIZE
 STEPS = EPOCHS * EPOCH_STEPS
 LOG_EVERY, SAVE_EVERY, KILLED_AT = 6, 13, 39
-FLAGS = ["--dataset", "digits", "--epochs", f"{EPOCHS}", "--batch-size", f"{BATCH_SIZE}"]
-FLAGS += ["--learning-rate", f"{RATE}", "--label-smoothing", f"{SMOOTHING}"]
-FLAGS += ["--checkpoint-every", f"{SAVE_EVERY}"]
+FLAGS = ["--checkpoint-every", f"{SAVE_EVERY}"]
+for name, value in SETTINGS.items():
+    FLAGS += [f"--{name.replace('_', '-')}", f"{value}"] if name != "bfloat16" else []
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, "examples")
@@ -67,7 +79,7 @@ def run(folder, *flags):
         return steps[-1][1]
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
-        patch.setitem(cifar_resnet.NETWORKS, "resnet20", TINY)
+        patch.setitem(cifar_resnet.NETWORKS, SETTINGS["network"], TINY)
         patch.setattr(cifar_resnet, "LOG_EVERY", LOG_EVERY)
         patch.setattr(cifar_resnet, "train_step", recorded)
         cifar_resnet.main([*FLAGS, *flags, "--output", str(folder)])
@@ -137,18 +149,7 @@ def schedule_oracle(peak, warmup, steps):
 
 def test_results(whole_run):
     found = results(whole_run.folder)
-    assert found["settings"] == {
-        "dataset": "digits",
-        "network": "resnet20",
-        "epochs": EPOCHS,
-        "batch_size": BATCH_SIZE,
-        "learning_rate": RATE,
-        "warmup": 0.05,
-        "weight_decay": 5e-4,
-        "label_smoothing": SMOOTHING,
-        "bfloat16": False,
-        "seed": 0,
-    }
+    assert found["settings"] == SETTINGS
     assert found["steps_per_epoch"] == EPOCH_STEPS
     assert found["diverged_at_step"] is None
     assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2]
@@ -156,7 +157,7 @@ def test_results(whole_run):
     for name in ("loss", "accuracy"):
         means = np.reshape([m[name] for m in metrics], (EPOCHS, EPOCH_STEPS)).mean(1)
         np.testing.assert_allclose([e[f"train_{name}"] for e in found["epochs"]], means, rtol=1e-6)
-    rates = schedule_oracle(RATE, 0.05, STEPS)[EPOCH_STEPS - 1 :: EPOCH_STEPS]
+    rates = schedule_oracle(RATE, WARMUP, STEPS)[EPOCH_STEPS - 1 :: EPOCH_STEPS]
     found_rates = [epoch["learning_rate"] for epoch in found["epochs"]]
     np.testing.assert_allclose(found_rates, rates, rtol=1e-5, atol=1e-7)
     for epoch in found["epochs"]:
@@ -178,6 +179,19 @@ def test_figure_is_whole(whole_run):
     assert names == ["checkpoints", "cifar_resnet.json", "cifar_resnet.png", "tensorboard"]
 
 
+def test_weights_and_batches_follow_from_the_seed(whole_run):
+    digits = load_dataset("digits", Path())
+    standardize = cifar_resnet.standardizer(digits.train_images)
+    batches = cifar_resnet.train_batches(SETTINGS, digits, standardize)
+    for step in (0, EPOCH_STEPS, STEPS - 1):
+        _, *batch, _ = whole_run.steps[step][0]
+        jax.tree.map(np.testing.assert_array_equal, tuple(batch), batches[step])
+    (state, *_), _ = whole_run.steps[0]
+    init = jax.jit(functools.partial(TINY().init, train=False))
+    expected = init(jax.random.key(SETTINGS["seed"]), batches[0][0])["params"]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.params, expected)
+
+
 def test_test_results_are_of_the_saved_network(whole_run):
     """All images in one batch, the last that training saved."""
     digits = load_dataset("digits", Path())
@@ -194,11 +208,19 @@ def test_test_results_are_of_the_saved_network(whole_run):
 
 
 def test_train_step(whole_run):
-    """Loss, smoothed, and accuracy of the first step, and how it counts in the totals."""
+    """Loss, smoothed, and accuracy of the first step, and how it counts in what is averaged."""
     (state, images, labels, _), (after, metrics) = whole_run.steps[0]
     assert images.dtype == jnp.float32
-    assert len(images.sharding.device_set) == jax.device_count() > 1
-    apply = functools.partial(TINY().apply, train=True, mutable=["batch_stats"])
+    devices = jax.device_count()
+    for array in (images, labels):  # each device has its own part
+        shard = array.sharding.shard_shape(array.shape)
+        assert shard == (BATCH_SIZE // devices, *array.shape[1:]) != array.shape
+    apply = functools.partial(
+        TINY().apply,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=lambda module, _: isinstance(module, nn.Conv),
+    )
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, updated = jax.jit(apply)(*jax.device_get((variables, images)))  # on one device
     log_softmax = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -207,10 +229,15 @@ def test_train_step(whole_run):
     np.testing.assert_allclose(metrics["accuracy"], np.mean(logits.argmax(-1) == labels))
     for name, value in metrics.items():
         assert after.totals[name] == value
-    for mine, expected in zip(
-        jax.tree.leaves(after.batch_stats), jax.tree.leaves(updated["batch_stats"]), strict=True
+    for path, stats in jax.tree.leaves_with_path(
+        after.batch_stats, is_leaf=lambda node: "mean" in node
     ):
-        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-6)
+        *outer, name = (key.key for key in path)
+        convs = functools.reduce(lambda tree, key: tree[key], outer, updated["intermediates"])
+        (x,) = convs[name.replace("BatchNorm", "Conv")]["__call__"]
+        for moment, old in ((np.mean, 0.0), (np.var, 1.0)):  # a tenth is of this batch
+            expected = 0.9 * old + 0.1 * moment(x, (0, 1, 2))
+            np.testing.assert_allclose(stats[moment.__name__], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_tensorboard(whole_run):
@@ -232,7 +259,7 @@ def test_tensorboard(whole_run):
                 )
                 np.testing.assert_allclose(value.simple_value, expected, rtol=1e-6)
     rates = [value.simple_value for _, value in values(found, "train/learning_rate")]
-    expected = schedule_oracle(RATE, 0.05, STEPS)[LOG_EVERY - 1 :: LOG_EVERY]
+    expected = schedule_oracle(RATE, WARMUP, STEPS)[LOG_EVERY - 1 :: LOG_EVERY]
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
 
     stats = checkpoint(whole_run.folder, STEPS)["batch_stats"]
@@ -277,6 +304,20 @@ def test_resumes_after_a_kill(whole_run, cache, tmp_path):
     assert logged == {*range(LOG_EVERY, STEPS + 1, LOG_EVERY)}
 
 
+def test_logs_are_on_the_disk_before_a_checkpoint(cache, tmp_path, monkeypatch):
+    """After that checkpoint a killed run does not log them again."""
+
+    def points():
+        return {(event.step, v.tag) for event in events(tmp_path) for v in event.summary.value}
+
+    seen = {}
+    monkeypatch.setattr(cifar_resnet, "save", lambda _, step, *args: seen.update({step: points()}))
+    run(tmp_path, "--checkpoint-every", f"{LOG_EVERY}")
+    assert seen.keys() == {*range(LOG_EVERY, STEPS + 1, LOG_EVERY)}
+    for step, on_disk in seen.items():
+        assert on_disk == {point for point in points() if point[0] <= step}
+
+
 def test_goes_on_where_nothing_is_left(whole_run, tmp_path):
     folder = shutil.copytree(whole_run.folder, tmp_path / "run")
     (folder / "cifar_resnet.json").unlink()
@@ -286,9 +327,11 @@ def test_goes_on_where_nothing_is_left(whole_run, tmp_path):
     assert results(folder) == results(whole_run.folder)
 
 
+DIVERGING = ["--learning-rate", "1e30", "--warmup", "0.5"]
+
+
 def test_divergence_is_a_result(cache, tmp_path):
-    flags = ["--learning-rate", "1e30", "--warmup", "0.5", "--checkpoint-every", "1"]
-    diverged = run(tmp_path, *flags)
+    diverged = run(tmp_path, *DIVERGING, "--checkpoint-every", "1")
     found = results(tmp_path)
     at = found["diverged_at_step"]
     assert 1 < at < EPOCH_STEPS  # the rate of the first step is 0
@@ -296,11 +339,61 @@ def test_divergence_is_a_result(cache, tmp_path):
     kept = saved_steps(tmp_path)[-1]
     assert kept == at - 1
     message = f"Diverged: at step {at} of {STEPS} a loss or a parameter is not finite"
-    expected = f"{message}. The last good checkpoint, of step {kept}, is kept."
+    message += f". The last good checkpoint, of step {kept}, is kept."
+    expected = f"{message} Try a lower --learning-rate and another --output."
     assert expected in unwrapped(diverged.stdout)
     state = checkpoint(tmp_path, kept)
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(state["params"]))
     assert (tmp_path / "cifar_resnet.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+def test_divergence_before_a_checkpoint(cache, tmp_path):
+    text = unwrapped(run(tmp_path, *DIVERGING).stdout)
+    assert "not finite. No checkpoint is kept. Try a lower --learning-rate." in text
+    assert saved_steps(tmp_path) == []
+
+
+def test_interrupted(cache, tmp_path, monkeypatch, capsys):
+    left = iter([cifar_resnet.train_step] * (SAVE_EVERY + 2))
+
+    def interrupted(*args):
+        for train_step in left:
+            return train_step(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar_resnet, "train_step", interrupted)
+    with exits(130):
+        run(tmp_path)
+    assert "Interrupted. The same command goes on from the last" in capsys.readouterr().err
+    assert saved_steps(tmp_path) == [SAVE_EVERY]
+
+
+def test_full_disk(cache, tmp_path, monkeypatch, capsys):
+    """Found before the second checkpoint, of which nothing is written."""
+
+    def disk_usage(folder):
+        return SimpleNamespace(free=0 if saved_steps(tmp_path) else 2**30)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    with exits(1):
+        run(tmp_path)
+    path = tmp_path / "checkpoints" / f"{2 * SAVE_EVERY}"
+    message = f"[Errno 28] No space left on device: '{path}'. The same command goes on from"
+    assert message in capsys.readouterr().err
+    assert saved_steps(tmp_path) == [SAVE_EVERY]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "tensorboard"]
+
+
+@pytest.mark.parametrize(("epochs", "passes"), [(1, "1 epoch"), (2, "2 epochs")])
+def test_title_of_the_figure(whole_run, epochs, passes, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda _, title: titles.append(title))
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+    found = results(whole_run.folder)
+    cifar_resnet.figure(found | {"settings": SETTINGS | {"epochs": epochs}})
+    accuracy = 100 * found["epochs"][-1]["test_accuracy"]
+    outcome = f"{accuracy:.2f} % test accuracy"
+    assert titles == [f"resnet18 on digits, {passes}, one seed (4): {outcome}"]
 
 
 def test_is_finite(whole_run):
@@ -312,6 +405,17 @@ def test_is_finite(whole_run):
     assert not cifar_resnet.is_finite(state.replace(params=state.params | {"Dense_0": params}))
 
 
+def init_shapes(images, steps=1, **settings):
+    """The state of a run, with shapes in place of arrays."""
+    init = functools.partial(cifar_resnet.init_state, SETTINGS | settings, steps)
+    return jax.eval_shape(init, images)
+
+
+def apply(state, images):
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return state.apply_fn(variables, images, train=False)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # He et al. 2015, Table 6: 0.27 M. The others are ResNets of the paper's Table 1 whose first
@@ -319,57 +423,65 @@ def test_is_finite(whole_run):
     [("resnet20", 269_722), ("resnet18", 11_173_962), ("resnet50", 23_520_842)],
 )
 def test_parameters(name, parameters):
-    model = cifar_resnet.NETWORKS[name](dtype=jnp.bfloat16)
     images = jnp.zeros((2, 32, 32, 3))
-    init = functools.partial(model.init_with_output, train=False)
-    logits, variables = jax.eval_shape(init, jax.random.key(0), images)
-    leaves = jax.tree.leaves(variables["params"])
+    state = init_shapes(images, network=name, bfloat16=True)
+    logits = jax.eval_shape(apply, state, images)
+    leaves = jax.tree.leaves(state.params)
     assert sum(leaf.size for leaf in leaves) == parameters
-    assert {leaf.dtype for leaf in jax.tree.leaves((logits, variables))} == {jnp.dtype("float32")}
+    floats = jax.tree.leaves((logits, state.params, state.batch_stats))
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
     assert logits.shape == (2, 10)
 
 
-def test_bfloat16_computes_in_it():
-    model = TINY(dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_computes_in(dtype, monkeypatch):
+    monkeypatch.setitem(cifar_resnet.NETWORKS, SETTINGS["network"], TINY)
     images = jnp.zeros((2, 8, 8, 1))
-    variables = jax.eval_shape(
-        functools.partial(model.init, train=False), jax.random.key(0), images
-    )
-    jaxpr = jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images)
+    state = init_shapes(images, bfloat16=dtype == "bfloat16")
+    jaxpr = jax.make_jaxpr(apply)(state, images)
     convolutions = [e for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
     assert len(convolutions) == 3
-    assert {v.aval.dtype for e in convolutions for v in e.invars} == {jnp.dtype("bfloat16")}
+    assert {v.aval.dtype for e in convolutions for v in e.invars} == {jnp.dtype(dtype)}
 
 
-def test_shortcut():
-    """Convolutions that keep what they see: the shortcut sees the same pixels, and adds zeros."""
+def test_block():
+    """Convolutions that keep a channel, or make it negative; a shortcut that adds zeros."""
     block = cifar_resnet.Block(4, 2, bottleneck=False, projection=False, dtype=jnp.float32)
-    x = jax.random.uniform(jax.random.key(0), (1, 4, 4, 2))
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 2))
     init = functools.partial(block.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(1), x)
     variables = jax.tree.map_with_path(
         lambda path, leaf: np.full(leaf.shape, float(path[-1].key in ("scale", "var")), leaf.dtype),
         shapes,
     )
-    for name in ("Conv_0", "Conv_1"):
-        variables["params"][name]["kernel"][1, 1, :2, :2] = np.eye(2)
+    for name, factors in (("Conv_0", [1, 1]), ("Conv_1", [1, -2])):
+        variables["params"][name]["kernel"][1, 1, :2, :2] = np.diag(factors)
+    seen = np.asarray(x)[:, ::2, ::2]
+    assert (seen < 0).any((0, 1, 2)).all()  # both signs in both channels
+    assert (seen > 0).any((0, 1, 2)).all()
     expected = np.zeros((1, 2, 2, 4))
-    expected[..., :2] = 2 * x[:, ::2, ::2]
-    np.testing.assert_allclose(block.apply(variables, x, train=False), expected, rtol=1e-4)
+    expected[..., :2] = np.maximum(np.maximum(seen, 0) * (1, -2) + seen, 0)
+    found = block.apply(variables, x, train=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_nesterov_and_decay_of_all_but_batch_norm():
-    """The first update by a gradient g is -rate (1 + 0.9) (g + decay p)."""
-    schedule = optax.constant_schedule(0.5)
-    init = functools.partial(cifar_resnet.init_state, TINY(), schedule, 0.25)
-    shapes = jax.eval_shape(init, jnp.zeros((1, 8, 8, 1)), 0)
+def test_nesterov_and_decay_of_all_but_batch_norm(monkeypatch):
+    """By a constant gradient g the second update is -rate (1 + 0.9 + 0.81) (g + decay p).
+
+    The first is 0, as the rate rises from there.
+    """
+    monkeypatch.setitem(cifar_resnet.NETWORKS, SETTINGS["network"], TINY)
+    settings = {"learning_rate": 0.5, "warmup": 0.5, "weight_decay": 0.25}
+    shapes = init_shapes(jnp.zeros((1, 8, 8, 1)), steps=4, **settings)
     params = jax.tree.map(lambda a: np.full(a.shape, 2.0, np.float32), shapes.params)
     grads = jax.tree.map(lambda a: np.full(a.shape, 3.0, np.float32), shapes.params)
-    updates, _ = shapes.tx.update(grads, shapes.tx.init(params), params)
+    first, opt_state = shapes.tx.update(grads, shapes.tx.init(params), params)
+    assert not any(map(np.any, jax.tree.leaves(first)))
+    updates, _ = shapes.tx.update(grads, opt_state, params)
     seen = set()
     for path, update in jax.tree.leaves_with_path(updates):
         is_batch_norm = "BatchNorm" in jax.tree_util.keystr(path)
-        expected = -0.5 * 1.9 * (3 + (0 if is_batch_norm else 0.25 * 2))
+        expected = -0.25 * 2.71 * (3 + (0 if is_batch_norm else 0.25 * 2))
         np.testing.assert_allclose(update, expected, rtol=1e-6)
         seen.add((is_batch_norm, path[-1].key))
     assert seen == {(True, "scale"), (True, "bias"), (False, "kernel"), (False, "bias")}
@@ -377,7 +489,8 @@ def test_nesterov_and_decay_of_all_but_batch_norm():
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.05, 400), (0.0, 7), (0.99, 10), (0.5, 1)])
 def test_schedule(warmup, steps):
-    schedule = cifar_resnet.learning_rate_schedule(0.3, warmup, steps)
+    settings = {"learning_rate": 0.3, "warmup": warmup}
+    schedule = cifar_resnet.learning_rate_schedule(settings, steps)
     expected = schedule_oracle(0.3, warmup, steps)
     np.testing.assert_allclose(schedule(np.arange(steps)), expected, rtol=1e-5, atol=1e-7)
 
@@ -422,11 +535,14 @@ def numbered(name, count=50):
     return cifar_resnet.Dataset(name, images, np.arange(count), images, np.arange(count))
 
 
+def batches_of(name, seed=0):
+    settings = {"batch_size": 8, "epochs": 3, "seed": seed}
+    return cifar_resnet.train_batches(settings, numbered(name), np.float32)
+
+
 def test_batches_by_step():
     """Each epoch takes other images in another order, each once; all follows from the step."""
-
-    def batches(seed):
-        return cifar_resnet.train_batches(numbered("cifar10"), np.float32, 8, 3, seed)
+    batches = functools.partial(batches_of, "cifar10")
 
     steps = list(batches(0))
     assert len(steps) == len(batches(0)) == 3 * 6
@@ -438,6 +554,12 @@ def test_batches_by_step():
     assert not np.array_equal(steps[0][1], batches(1)[0][1])
 
 
+def test_each_step_is_augmented_in_its_own_way(monkeypatch):
+    monkeypatch.setattr(cifar_resnet, "augment", lambda images, rng, mirror: rng.random())
+    drawn = [draw for seed in (0, 1) for draw, _ in batches_of("cifar10", seed)]
+    assert len({*drawn}) == 2 * 3 * 6
+
+
 @pytest.mark.parametrize(
     ("name", "mirrors"),
     [("digits", False), ("mnist", False), ("fashion-mnist", True), ("cifar10", True)],
@@ -445,7 +567,7 @@ def test_batches_by_step():
 def test_which_are_mirrored(name, mirrors, monkeypatch):
     asked = []
     monkeypatch.setattr(cifar_resnet, "augment", lambda *args: asked.append(args[2]))
-    cifar_resnet.train_batches(numbered(name), np.float32, 8, 1, 0)[0]
+    batches_of(name)[0]
     assert asked == [mirrors]
 
 
@@ -476,7 +598,24 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "was", "now"), [("network", "resnet20", "resnet18"), ("dataset", "digits", "cifar10")]
+    ("name", "make"),
+    [
+        ("cifar_resnet.json", Path.mkdir),
+        ("cifar_resnet.png", Path.mkdir),
+        ("tensorboard", Path.touch),
+    ],
+)
+def test_output_that_is_taken(name, make, tmp_path, monkeypatch, capsys):
+    """Found before training."""
+    monkeypatch.setattr(cifar_resnet, "train", None)
+    make(tmp_path / name)
+    with exits(2):
+        cifar_resnet.main([*FLAGS, "--output", str(tmp_path)])
+    assert f"{tmp_path / name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now"), [("network", "resnet18", "resnet50"), ("dataset", "digits", "cifar10")]
 )
 def test_checkpoint_of_another_run(whole_run, name, was, now, capsys):
     settings = results(whole_run.folder)["settings"] | {name: now}

