@@ -36,6 +36,7 @@ from common import (
     accuracy,
     add_data_flags,
     dataset_of,
+    ending_in_one_line,
     init,
     on_device,
     output_folder,
@@ -62,6 +63,16 @@ LEARNING_RATES = {
 MOMENTA = (0.9, 0.99)  # torch's default, and Flax's and Keras's, as weights of the old value
 RUNNING = {momentum: f"running, {momentum}" for momentum in MOMENTA}
 CALIBRATION_IMAGES = 8192
+RUN = {  # of the results of `train`
+    "network": str,
+    "batch_norm": bool,
+    "batch_size": int,
+    "seed": int,
+    "learning_rate": float,
+    "steps": int,
+    "diverged": bool,
+    "accuracy": ({"plain": float}, dict.fromkeys((*RUNNING.values(), "exact", "batch"), float)),
+}
 
 
 class DenseNet(nn.Module):
@@ -338,6 +349,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@ending_in_one_line("after the last network that was trained")
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not trained yet, and shows the results."""
     parser = make_parser()
@@ -351,8 +363,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"images to train on, not {size}"
             )
     settings = {"dataset": dataset.name, "epochs": args.epochs, "batch_sizes": sizes}
-    path = output_folder(parser, args) / "batch_size.json"
-    results = read_results(parser, path, settings | {"seeds": args.seeds})
+    path = output_folder(parser, args, "batch_size.json", "batch_size.png") / "batch_size.json"
+    results = read_results(parser, path, settings | {"seeds": args.seeds}, {"runs": [RUN]})
     runs = results.setdefault("runs", [])
     arms = list(itertools.product(NETWORKS, (False, True), sizes, range(args.seeds)))
     data = on_device(dataset)

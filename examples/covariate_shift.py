@@ -32,6 +32,7 @@ from common import (
     add_data_flags,
     checkpoints,
     dataset_of,
+    ending_in_one_line,
     loss_and_grads,
     output_folder,
     positive_float,
@@ -530,11 +531,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, args
 
 
+@ending_in_one_line("from the last checkpoint")
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, prints the tables, and writes the figure and the numbers."""
     parser, args = parse_args(argv)
     dataset = dataset_of(args, parser)
-    folder = output_folder(parser, args)
+    folder = output_folder(parser, args, "covariate_shift.json", "covariate_shift.png")
     settings = settings_of(args, dataset)
     results = results_of(settings, experiment(parser, settings, dataset, folder / "checkpoints"))
     console = Console(highlight=False)

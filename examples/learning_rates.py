@@ -35,6 +35,7 @@ from common import (
     accuracy,
     add_data_flags,
     dataset_of,
+    ending_in_one_line,
     on_device,
     output_folder,
     positive_float,
@@ -90,6 +91,8 @@ COLORS = {
     (False, nn.sigmoid): "tab:orange",
 }
 STYLES = {1: "-", 5: "--", 30: ":"}
+# Of the results of `train`.
+RUN = {"learning_rate": float, "seed": int, "accuracy": [float], "diverged_at": (int, type(None))}
 
 
 def train(
@@ -254,6 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@ending_in_one_line("after the last network that was trained")
 def main(argv: Sequence[str] | None = None) -> None:
     """Searches the base rate, trains what is not trained yet, and shows the results."""
     parser = make_parser()
@@ -270,8 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = sorted(set(args.base_rates))
     decisive = ("steps", "batch_size", "check_every", "seeds")
     settings = {"dataset": dataset.name, **{name: getattr(args, name) for name in decisive}}
-    path = output_folder(parser, args) / "learning_rates.json"
-    results = read_results(parser, path, settings | {"base_rates": rates})
+    folder = output_folder(parser, args, "learning_rates.json", "learning_rates.png")
+    path = folder / "learning_rates.json"
+    layout = {"search": [RUN], "runs": {name: [RUN] for name in ARMS}}
+    results = read_results(parser, path, settings | {"base_rates": rates}, layout)
     search, runs = results.setdefault("search", []), results.setdefault("runs", {})
     for name in ARMS:
         runs.setdefault(name, [])

@@ -248,7 +248,8 @@ def _finish(shifted: "_Shifted", count: jax.Array) -> Statistics:
 
 def _once(stats: Statistics) -> Statistics:
     """Has them computed before the loops over x that read them."""
-    return Statistics(*_lowering.once(*stats[:3]), stats.count)
+    shift, offset, var = _lowering.once(stats.shift, stats.offset, stats.var)
+    return stats._replace(shift=shift, offset=offset, var=var)
 
 
 def _sharded_statistics(axes: Axes, x: jax.Array, mask: jax.Array | None) -> Statistics:

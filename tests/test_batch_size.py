@@ -174,7 +174,7 @@ def test_resumes_where_it_was_interrupted(finished, tmp_path, monkeypatch):
         return train(*args)
 
     monkeypatch.setattr(batch_size, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with exits(130):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["batch_size.json"]
     assert run(tmp_path).split("Wrote")[0] == finished.stdout.split("Wrote")[0]
@@ -190,6 +190,14 @@ def test_other_settings_are_refused(finished, capsys):
     error = unwrapped(capsys.readouterr().err)
     assert "batch_size.json was saved with --epochs 1, not --epochs 2;" in error
     assert (finished.folder / "batch_size.json").read_bytes() == before
+
+
+def test_damaged_results_are_refused(finished, tmp_path, capsys):
+    runs = [finished.results["runs"][0] | {"accuracy": 0.5}]
+    (tmp_path / "batch_size.json").write_text(json.dumps(finished.results | {"runs": runs}))
+    with exits(2):
+        run(tmp_path)
+    assert "batch_size.json is damaged, or not of this script" in unwrapped(capsys.readouterr().err)
 
 
 def test_divergence_is_a_result(digits, monkeypatch):
