@@ -322,7 +322,7 @@ def _unflattened(
         is_multiple = any(1 < c < inputs and inputs % c == 0 for c in channels)
         if is_multiple and not any(inputs in found for found in others):
             yield (
-                f"{layer.path} has {inputs} inputs, which no layer before has as its features: if "
-                f"torch flattens (C, H, W) before it, give flattened={{{layer.path!r}: (C, H, W)}}, or "
-                "its inputs are in another order than in Flax."
+                f"{layer.path} has {inputs} inputs, which no layer before has as its features: "
+                f"if torch flattens (C, H, W) before it, give flattened={{{layer.path!r}: "
+                "(C, H, W)}, or its inputs are in another order than in Flax."
             )
