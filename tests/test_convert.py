@@ -893,3 +893,142 @@ def test_keras_h5_of_a_sequential_model(tmp_path):
     assert {row.matched for row in report.used} == {"equal names"}
     assert report.arguments == {"stem": {"epsilon": 0.5, "momentum": 0.7}}
     assert not report.notes
+
+
+def test_an_order_that_a_loader_of_safetensors_hides(tmp_path):
+    """It gives a mapping that is sorted by dtype and name, as the file is."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    state_dict = torch_linears("stem", "down", "mid")
+    state_dict["head.weight"] = draw(5, 2).astype(np.float16)
+    safetensors.save_file(state_dict, tmp_path / "model.safetensors")
+    loaded = safetensors.load_file(tmp_path / "model.safetensors")
+    assert list(loaded) != sorted(loaded)
+    variables = dense_params("a", "b", "c")
+    variables["params"]["d"] = {"kernel": jnp.ones((2, 5))}
+    with pytest.raises(ValueError, match=r"order of down, mid, stem.* the source is sorted"):
+        convert.from_torch(loaded, variables)
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    np.testing.assert_array_equal(weights["a"]["bias"], state_dict["stem.bias"])
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for name in ("stem", "down", "mid"):
+            x = nn.Dense(2, name=name)(x)
+        return x
+
+
+@pytest.mark.parametrize("transform", [nn.remat, nn.jit])
+def test_an_order_that_a_transformation_hides(transform):
+    """What init returns of a block under nn.remat or nn.jit is sorted, and not all of it."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(transform(Inner)()(x))
+
+    variables = Model().init(jax.random.key(0), jnp.ones((1, 2)))
+    state_dict = torch_linears("a", "b", "c") | {"d.weight": draw(3, 2), "d.bias": draw(3)}
+    with pytest.raises(ValueError, match=r"order of \w+/down, \w+/mid, \w+/stem.* is not known"):
+        convert.from_torch(state_dict, variables)
+
+
+def norms_of(*names):
+    return {
+        f"{name}.{role}": draw(2) ** 2
+        for name in names
+        for role in ("weight", "bias", "running_mean", "running_var")
+    }
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, each with a batch norm of two features."""
+
+    shortcut_first: bool
+
+    @nn.compact
+    def __call__(self, x):
+        sizes = [(3, 3), (3, 3), (1, 1)]
+        for size in sizes[::-1] if self.shortcut_first else sizes:
+            x = jbn.linen.BatchNorm(True)(nn.Conv(2, size, use_bias=False)(x))
+        return x
+
+
+@pytest.mark.parametrize("how", ["init", "sorted", "remat"])
+@pytest.mark.parametrize("separate", [False, True], ids=["in turns", "convolutions first"])
+def test_an_order_that_other_kinds_deny(how, separate):
+    """Batch norms of one shape, whose order only the convolutions beside them show."""
+    names = [f"block.conv{i}" for i in (1, 2)] + ["block.shortcut.0"]
+    norms = [f"block.bn{i}" for i in (1, 2)] + ["block.shortcut.1"]
+    convs = {
+        f"{name}.weight": draw(2, 2, size, size)
+        for name, size in zip(names, (3, 3, 1), strict=True)
+    }
+    if separate:
+        state_dict = {**convs, **norms_of(*norms)}
+        state_dict = {k: state_dict[k] for k in sorted(state_dict, key=lambda k: "shortcut" in k)}
+    else:
+        state_dict = {}
+        for (name, value), norm in zip(convs.items(), norms, strict=True):
+            state_dict |= {name: value} | norms_of(norm)
+
+    def template(shortcut_first):
+        model = (nn.remat(Block) if how == "remat" else Block)(shortcut_first)
+        variables = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+        return jax.tree.map(lambda v: v, variables) if how == "sorted" else variables
+
+    weights = convert.from_torch(state_dict, template(False)).weights["batch_stats"]
+    for i, norm in enumerate(norms):
+        np.testing.assert_array_equal(
+            weights[f"BatchNorm_{i}"]["mean"], state_dict[f"{norm}.running_mean"]
+        )
+    with pytest.raises(ValueError, match="Pair BatchNorm_0, BatchNorm_1, BatchNorm_2 in names"):
+        convert.from_torch(state_dict, template(True))
+
+
+def test_shortcuts_of_keras(keras, tmp_path):
+    """Keras numbers its layers as they are made, here the shortcut last."""
+    x = keras.Input((4, 4, 2))
+    y = x
+    for size in (3, 3):
+        y = keras.layers.Conv2D(2, size, padding="same", use_bias=False)(y)
+        y = keras.layers.BatchNormalization()(y)
+    z = keras.layers.BatchNormalization()(keras.layers.Conv2D(2, 1, use_bias=False)(x))
+    with warnings.catch_warnings(action="ignore"):
+        keras.Model(x, y + z).save(tmp_path / "model.keras")
+    variables = Block(shortcut_first=True).init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+    with pytest.raises(ValueError, match="in names"):
+        convert.from_keras(tmp_path / "model.keras", variables)
+
+
+def test_numbers_that_are_not_next_to_each_other_deny_an_order():
+    state_dict = torch_linears("fc2", "mid", "fc1")
+    with pytest.raises(ValueError, match="their numbers say another"):
+        convert.from_torch(state_dict, dense_params("a", "b", "c"))
+
+
+def test_leave_a_single_entry():
+    """Such as a parameter of the whole module, whose layer has no name."""
+    state_dict = {"cls_token": draw(1, 2), "scale": draw(), **torch_linears("fc")}
+    report = convert.from_torch(state_dict, dense_params("a"), leave=["cls_token", "scale"]).report
+    assert report.left == {"cls_token": "leave", "scale": "leave"}
+    like = convert.to_torch(dense_params("a"), like=state_dict, leave=["cls_token", "scale"])
+    np.testing.assert_array_equal(like.weights["cls_token"], state_dict["cls_token"])
+
+
+def test_a_flatten_that_a_later_layer_hides():
+    """As in an autoencoder, whose decoder begins with as many features."""
+    variables = kernels_of(conv=(3, 3, 1, 2), encode=(8, 3), decode=(3, 8))
+    state_dict = weights_of(conv=(2, 1, 3, 3), encode=(3, 8), decode=(8, 3))
+    notes = convert.from_torch(state_dict, variables).report.notes
+    assert any("encode has 8 inputs" in note for note in notes)
+
+
+def test_long_names_are_shown_whole():
+    path = "/".join(["stage", "block"] * 12) + "/end"
+    state_dict = torch_linears(path.replace("/", "."))
+    variables = {"params": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    for name in reversed(path.split("/")):
+        variables["params"] = {name: variables["params"]}
+    assert "…" not in str(convert.from_torch(state_dict, variables).report)

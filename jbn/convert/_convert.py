@@ -37,12 +37,12 @@ def pair_layers(
     by_name = {source.name: source for source in sources}
     left = dict.fromkeys(_flax.other_entries(variables), NOT_FLOATING)
     left |= _match.split_left(leave, layers, by_name)
-    sides = [
-        side
-        for side, known in ((_match.FLAX, _flax.is_sorted(variables)), (_match.SOURCE, is_sorted))
-        if known
-    ]
-    pairs = _match.match(layers, by_name, moves, names or {}, sides)
+    in_flax = _flax.hidden_order(variables)
+
+    def hides_order(side: int, name: str, other: str) -> bool:
+        return is_sorted if side == _match.SOURCE else in_flax(name, other)
+
+    pairs = _match.match(layers, by_name, moves, names or {}, hides_order)
     for layer, source, used, _ in pairs:
         for move in used:
             value = source.arrays[move.source]
@@ -52,7 +52,7 @@ def pair_layers(
                     f"{layer} takes floating point numbers: give it dequantized, or name the "
                     "layer in leave."
                 )
-        unused = source.entries.keys() - {move.source for move in used}
+        unused = source.arrays.keys() - {move.source for move in used}
         left |= {
             source.entries[role]: "the Flax layer keeps no count of updates, as it would with "
             "momentum=None"

@@ -1,8 +1,10 @@
 """The layers in a tree of Flax variables, of Linen or NNX."""
 
 import dataclasses
+import functools
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -85,6 +87,31 @@ def is_sorted(variables: Any) -> bool:
         return True
     names = [str(name) for name in variables if name not in COLLECTIONS]
     return names == sorted(names) and all(map(is_sorted, variables.values()))
+
+
+def hidden_order(variables: Any) -> Callable[[str, str], bool]:
+    """A function of two layers, whether the part of the model that holds both is sorted by name.
+
+    That of a block under `nn.remat` or `nn.jit` is so in what `init` returns, and not the whole.
+    """
+    tops = [variables[name] for name in COLLECTIONS if name in variables] or [variables]
+
+    @functools.cache
+    def is_sorted_at(place: tuple[str, ...]) -> bool:
+        return all(is_sorted(functools.reduce(_child, place, top)) for top in tops)
+
+    def hides_order(path: str, other: str) -> bool:
+        together = zip(path.split("/"), other.split("/"), strict=False)
+        return is_sorted_at(
+            tuple(a for a, _ in itertools.takewhile(lambda p: p[0] == p[1], together))
+        )
+
+    return hides_order
+
+
+def _child(tree: Any, name: str) -> Any:
+    """What a tree has by this name; nothing if it has none."""
+    return {str(key): child for key, child in tree.items()}.get(name, {})
 
 
 def other_entries(variables: Any) -> list[str]:

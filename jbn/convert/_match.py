@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,7 @@ class Pair(NamedTuple):
 
 
 Moves = Callable[[Layer, Source], Iterable[Sequence[Move]]]
+HidesOrder = Callable[[int, str, str], bool]
 STATISTICS = {"mean", "var", "count"}
 OPTIONAL = ("num_batches_tracked",)
 FLAX, SOURCE = 0, 1  # the two sides
@@ -100,7 +101,7 @@ def match(
     sources: Mapping[str, Source],
     moves: Moves,
     names: Mapping[str, str],
-    sorted_sides: Collection[int],
+    hides_order: HidesOrder,
 ) -> list[Pair]:
     """Pairs all layers: as `names` says, then by equal names, then by order of appearance.
 
@@ -111,7 +112,8 @@ def match(
         sources: by name.
         moves: how a layer can be converted.
         names: from the path of a layer to the name of its source.
-        sorted_sides: those of `FLAX` and `SOURCE` whose order is that of their names.
+        hides_order: of `FLAX` or `SOURCE` and two names there, whether these are in the order of
+            their names, which is not that of the model.
     """
     pairs = []
     for matched, table in (("names", names), ("equal names", _equal_names(layers, sources, names))):
@@ -144,7 +146,7 @@ def match(
         [layer for path, layer in layers.items() if path not in done],
         [source for name, source in sources.items() if name not in taken],
         moves,
-        sorted_sides,
+        hides_order,
     )
     ordered = {pair.layer.path: pair.source.name for pair in by_order}
     for path, name in unsure.items():
@@ -154,7 +156,7 @@ def match(
                 f"and shape it is {ordered[path]}, and not all of these have equal names: pair "
                 "them in names."
             )
-    _check_crossings(pairs + by_order, layers, sources, sorted_sides)
+    _check_crossings(pairs + by_order, layers, sources, hides_order)
     return pairs + by_order
 
 
@@ -206,7 +208,20 @@ def split_left(
         within = re.compile(re.escape(name) + r"($|[./])")
         flax = [path for path in layers if within.match(path)]
         theirs = [other for other in sources if within.match(other)]
-        if not flax and not theirs:
+        entries = [
+            (other, role)
+            for other, source in sources.items()
+            for role, entry in source.entries.items()
+            if entry == name
+        ]
+        for other, role in entries:  # a single one, such as a parameter of the whole model
+            source = sources[other]
+            kept = {key: value for key, value in source.arrays.items() if key != role}
+            sources[other] = dataclasses.replace(source, arrays=kept)
+            left[name] = "leave"
+            if not kept:
+                del sources[other]
+        if not flax and not theirs and not entries:
             raise ValueError(
                 f"leave names {name!r}, which is no layer: in Flax {known_names(layers)}, "
                 f"in the source {known_names(sources)}."
@@ -252,7 +267,7 @@ def _alike(layer: Layer) -> tuple[Any, ...]:
 
 
 def _by_order(
-    layers: list[Layer], sources: list[Source], moves: Moves, sorted_sides: Collection[int]
+    layers: list[Layer], sources: list[Source], moves: Moves, hides_order: HidesOrder
 ) -> list[Pair]:
     """Pairs layers of one kind and shape in their order, if there are as many on both sides."""
     groups: dict[Any, list[Layer]] = {}
@@ -271,9 +286,14 @@ def _by_order(
         paths = [layer.path for layer in group]
         for side, members in ((FLAX, paths), (SOURCE, fits)):
             steps = _steps(members)
-            if False in steps:
+            if any(
+                _is_before_by_number(*two) is False for two in itertools.combinations(members, 2)
+            ):
                 raise ValueError(_out_of_order(members, "their numbers say another", paths))
-            if None in steps and side in sorted_sides:
+            if any(
+                step is None and hides_order(side, *two)
+                for step, two in zip(steps, itertools.pairwise(members), strict=True)
+            ):
                 raise ValueError(_out_of_order(members, SORTED[side], paths))
         for layer, name in zip(group, fits, strict=True):
             # Not the first layer's moves: they may hold its path.
@@ -302,13 +322,15 @@ def _check_crossings(
     pairs: Sequence[Pair],
     layers: Mapping[str, Layer],
     sources: Mapping[str, Source],
-    sorted_sides: Collection[int],
+    hides_order: HidesOrder,
 ) -> None:
     """Checks that pairs by order alone keep their place among all others, of whatever shape.
 
     Pairs cross if the two models make or call their layers in different orders, as where one has
-    the shortcut of a residual block first, the other last. Where numbers tell the order on both
-    sides pairs may cross others: torch modules often have all convolutions before all batch norms.
+    the shortcut of a residual block first, the other last. A batch norm may cross a linear layer
+    that is in its place among its like: torch modules often have all convolutions before all batch
+    norms. So it may where numbers tell the order on both sides, or in a module of that kind. What
+    crosses all pairs of one kind and shape says nothing of the order among them.
     """
     # Layers without parameters come last in Linen's variables, wherever they are in the model.
     ours = [path for path, layer in layers.items() if not layer.arrays.keys() <= STATISTICS]
@@ -319,24 +341,70 @@ def _check_crossings(
 
     def is_before(side: int, pair: Pair, other: Pair) -> bool | None:
         a, b = names(pair)[side], names(other)[side]
-        if side in sorted_sides:
+        if hides_order(side, a, b):
             return _is_before_by_number(a, b)
         return places[side][a] < places[side][b] if {a, b} <= places[side].keys() else None
 
+    def cross(pair: Pair, other: Pair) -> bool:
+        return {is_before(FLAX, pair, other), is_before(SOURCE, pair, other)} == {True, False}
+
+    def is_hidden(pair: Pair, other: Pair) -> bool:
+        """Whether both are in one module of Flax, and which of them comes first is not known."""
+        together = _module(pair.layer.path) == _module(other.layer.path)
+        return together and None in (is_before(FLAX, pair, other), is_before(SOURCE, pair, other))
+
+    @functools.cache
+    def is_out_of_place(i: int) -> bool:
+        """Whether the pair crosses another of its like."""
+        return any(
+            _is_norm(other) == _is_norm(pairs[i]) and cross(pairs[i], other) for other in pairs
+        )
+
+    separate = _separating_modules(pairs, sources)
     by_order = (pair for pair in pairs if pair.matched == "order")
     for _, members in itertools.groupby(by_order, lambda pair: _alike(pair.layer)):
         group = list(members)
-        if all(None not in _steps(side) for side in zip(*map(names, group), strict=True)):
-            continue
-        for pair, other in itertools.product(group, pairs):
-            if {is_before(FLAX, pair, other), is_before(SOURCE, pair, other)} == {True, False}:
+        numbered = all(None not in _steps(side) for side in zip(*map(names, group), strict=True))
+        for i, other in enumerate(pairs):
+            crossed = [pair for pair in group if cross(pair, other)]
+            if not crossed and _is_norm(group[0]) and not _is_norm(other):
+                crossed = [pair for pair in group if is_hidden(pair, other)]
+                if len(crossed) < 2 or not is_out_of_place(i):
+                    continue
+            elif not crossed or len(crossed) == len(group):
+                continue
+            if _is_norm(other) == _is_norm(group[0]):
+                denies = not numbered
+            else:
+                at = {_module(pair.source.name) for pair in (*crossed, other)}
+                denies = is_out_of_place(i) or not (numbered or (len(at) == 1 and at <= separate))
+            if denies:
                 raise ValueError(
-                    f"{pair.layer.path} and {pair.source.name} would be paired by the order of "
-                    "their kind and shape, but the two models have different orders: "
+                    f"{crossed[0].layer.path} and {crossed[0].source.name} would be paired by the "
+                    "order of their kind and shape, but the two models have different orders: "
                     f"{other.layer.path} and {other.source.name} come before them in one, and "
                     f"after them in the other. Pair {', '.join(p.layer.path for p in group)} in "
                     "names."
                 )
+
+
+def _is_norm(pair: Pair) -> bool:
+    return pair.layer.kind == "BatchNorm"
+
+
+def _module(name: str) -> str:
+    """That which a layer of the source lies in."""
+    return "".join(re.split("([./])", name)[:-2])
+
+
+def _separating_modules(pairs: Sequence[Pair], sources: Mapping[str, Source]) -> set[str]:
+    """Modules of the source that have several layers, and all batch norms after all others."""
+    norms = {pair.source.name for pair in pairs if _is_norm(pair)}
+    within: dict[str, str] = {}
+    for name in sources:
+        module = _module(name)
+        within[module] = within.get(module, "") + ("n" if name in norms else "l")
+    return {module for module, kinds in within.items() if re.fullmatch("ll+nn+|nn+ll+", kinds)}
 
 
 def _steps(names: Sequence[str]) -> list[bool | None]:

@@ -128,7 +128,10 @@ def from_torch(
         transpose_kernel=transpose_kernel,
     )
     notes = notes if _convert.batch_norms(pairs) else []
-    notes = [*_unflattened(pairs, flattened or {}), *notes]
+    notes = [
+        *_unflattened(pairs, flattened or {}, is_ordered=not _flax.is_sorted(variables)),
+        *notes,
+    ]
 
     def arguments(pair: Pair) -> dict[str, Any]:
         counted = {"momentum": None} if "count" in pair.layer.arrays else {}
@@ -197,7 +200,10 @@ def to_torch(
             transpose_kernel=transpose_kernel,
         )
     notes = [VARIANCE_OUT] if _convert.batch_norms(pairs) else []
-    notes = [*_unflattened(pairs, flattened or {}), *notes]
+    notes = [
+        *_unflattened(pairs, flattened or {}, is_ordered=not _flax.is_sorted(variables)),
+        *notes,
+    ]
     weights, report = _convert.out_of_flax("torch", pairs, left, notes)
     weights = kept | weights
     if path is not None:
@@ -220,8 +226,16 @@ def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[list[
         source = sources.setdefault(name, Source(name, {}, {}))
         source.arrays[role] = _match.as_array(str(entry), value)
         source.entries[role] = str(entry)
-    # A safetensors file is sorted by dtype and name; torch puts a weight before its bias.
-    is_sorted = is_file or list(entries) == sorted(entries)
+    # A safetensors file, and so what its own loaders return, is sorted by dtype and name; torch
+    # puts a weight before its bias.
+    by_dtype: dict[Any, list[str]] = {}
+    for source in sources.values():
+        for role, value in source.arrays.items():
+            by_dtype.setdefault(value.dtype, []).append(source.entries[role])
+    place = {str(entry): i for i, entry in enumerate(entries)}
+    is_sorted = is_file or all(
+        sorted(names) == sorted(names, key=place.__getitem__) for names in by_dtype.values()
+    )
     order = sorted(sources, key=_flax.natural) if is_sorted else list(sources)
     return [sources[name] for name in order], is_sorted
 
@@ -285,10 +299,13 @@ def _check_flattened(
     return flattened or {}
 
 
-def _unflattened(pairs: Sequence[Pair], flattened: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def _unflattened(
+    pairs: Sequence[Pair], flattened: Mapping[str, Sequence[int]], *, is_ordered: bool
+) -> Iterator[str]:
     """Notes of Dense layers that may follow a flatten of which `flattened` does not say.
 
-    Their number of inputs is a multiple of a convolution's channels, and no other layer's features.
+    Their number of inputs is a multiple of a convolution's channels, and no other layer's features;
+    where the pairs are in the order of the model, no earlier layer's.
     """
     features = {
         layer.path: {value.shape[-1] for value in layer.arrays.values()} for layer, *_ in pairs
@@ -296,15 +313,16 @@ def _unflattened(pairs: Sequence[Pair], flattened: Mapping[str, Sequence[int]]) 
     channels = set[int]().union(
         *(features[layer.path] for layer, *_ in pairs if "Conv" in layer.kind)
     )
-    for layer, *_ in pairs:
+    for i, (layer, *_) in enumerate(pairs):
         if layer.kind != "Dense" or layer.path in flattened:
             continue
         inputs = layer.arrays["kernel"].shape[0]
-        others = (found for path, found in features.items() if path != layer.path)
+        before = {pair.layer.path for pair in (pairs[:i] if is_ordered else pairs)} - {layer.path}
+        others = (features[path] for path in before)
         is_multiple = any(1 < c < inputs and inputs % c == 0 for c in channels)
         if is_multiple and not any(inputs in found for found in others):
             yield (
-                f"{layer.path} has {inputs} inputs, which no layer has as its features: if torch "
-                f"flattens (C, H, W) before it, give flattened={{{layer.path!r}: (C, H, W)}}, or "
-                "its inputs are in another order than in Flax."
+                f"{layer.path} has {inputs} inputs, which no layer before has as its features: "
+                f"if torch flattens (C, H, W) before it, give flattened={{{layer.path!r}: "
+                "(C, H, W)}, or its inputs are in another order than in Flax."
             )
