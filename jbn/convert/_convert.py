@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn import _axes
-from jbn.convert import _flax, _match
+from jbn.convert import _flax, _match, _order
 from jbn.convert._flax import Layer
-from jbn.convert._match import Moves, Pair, Source
+from jbn.convert._pairs import Moves, Pair, Source
 from jbn.convert._report import Converted, Report, Row
 
 NOT_FLOATING = "not a floating point parameter or statistic"
@@ -37,12 +37,8 @@ def pair_layers(
     by_name = {source.name: source for source in sources}
     left = dict.fromkeys(_flax.other_entries(variables), NOT_FLOATING)
     left |= _match.split_left(leave, layers, by_name)
-    in_flax = _flax.hidden_order(variables)
-
-    def hides_order(side: int, name: str, other: str) -> bool:
-        return is_sorted if side == _match.SOURCE else in_flax(name, other)
-
-    pairs = _match.match(layers, by_name, moves, names or {}, hides_order)
+    orders = _order.of_flax(variables), _order.of_source(by_name, is_sorted=is_sorted)
+    pairs = _match.match(layers, by_name, moves, names or {}, orders)
     for layer, source, used, _ in pairs:
         for move in used:
             value = source.arrays[move.source]
@@ -85,9 +81,7 @@ def into_flax(
             entry = source.entries[move.source]
             value = source.arrays[move.source]
             check_value(source.name, entry, value, is_variance=move.role == "var")
-            value, note = _match.cast(
-                move.forward(value), np.dtype(layer.arrays[move.role].dtype), entry
-            )
+            value, note = cast(move.forward(value), np.dtype(layer.arrays[move.role].dtype), entry)
             rounded += [note] if note else []
             values.setdefault(layer.path, {})[move.role] = jnp.asarray(value)
     weights = _flax.replace(variables, values)
@@ -109,13 +103,29 @@ def out_of_flax(
                 raise TypeError(f"{ours} has a shape but no values: pass trained variables.")
             value = np.asarray(layer.arrays[move.role])
             check_value(layer.path, ours, value, is_variance=move.role == "var")
-            value, note = _match.cast(
+            value, note = cast(
                 move.backward(value), np.dtype(source.arrays[move.source].dtype), ours
             )
             rounded += [note] if note else []
             # Not a view of the variables, and in C order: torch.tensor takes no mirrored view.
             weights[entry] = np.array(value, order="C")
     return Converted(weights, _report(framework, pairs, left, lambda _: {}, (*notes, *rounded)))
+
+
+def cast(value: np.ndarray, dtype: Any, name: str) -> tuple[np.ndarray, str]:
+    """The value in another dtype, and a note if that changed it."""
+    if value.dtype == dtype:
+        return value, ""
+    with np.errstate(over="ignore"):
+        result = value.astype(dtype)
+    if not np.isfinite(result).all():
+        raise ValueError(
+            f"{name} is too large for {np.dtype(dtype).name}: its numbers go up to "
+            f"{np.abs(value).max():g} in {value.dtype.name}. Give the layer a wider param_dtype."
+        )
+    if (result.astype(value.dtype) == value).all():
+        return result, ""
+    return result, f"{name} was rounded from {value.dtype.name} to {np.dtype(dtype).name}."
 
 
 def check_value(layer: str, entry: str, value: np.ndarray, *, is_variance: bool) -> None:

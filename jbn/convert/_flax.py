@@ -1,10 +1,8 @@
 """The layers in a tree of Flax variables, of Linen or NNX."""
 
 import dataclasses
-import functools
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -78,47 +76,39 @@ def read_layers(variables: Any, transpose_kernel: Mapping[str, bool]) -> dict[st
     }
 
 
+def is_nnx(variables: Mapping[Any, Any]) -> bool:
+    """Whether they are without Linen's collections."""
+    return not any(name in variables for name in COLLECTIONS)
+
+
+def collections(variables: Mapping[Any, Any]) -> list[Any]:
+    """The trees of Linen's collections, or the one of NNX."""
+    return [variables[name] for name in COLLECTIONS if name in variables] or [variables]
+
+
 def is_sorted(variables: Any) -> bool:
     """Whether all names are in alphabetical order, in which JAX and NNX put them.
 
-    A model's `init` gives the order in which it makes them: kernel, then bias.
+    A model's `init` gives the order in which it makes them: kernel, then bias. NNX has the layers
+    of a list by their numbers.
     """
     if not isinstance(variables, Mapping):
         return True
-    names = [str(name) for name in variables if name not in COLLECTIONS]
-    return names == sorted(names) and all(map(is_sorted, variables.values()))
+    names = [name for name in variables if name not in COLLECTIONS]
+    ordered = sorted(names, key=lambda name: (isinstance(name, str), name))
+    return names == ordered and all(map(is_sorted, variables.values()))
 
 
-def hidden_order(variables: Any) -> Callable[[str, str], bool]:
-    """A function of two layers, whether the part of the model that holds both is sorted by name.
-
-    That of a block under `nn.remat` or `nn.jit` is so in what `init` returns, and not the whole.
-    """
-    tops = [variables[name] for name in COLLECTIONS if name in variables] or [variables]
-
-    @functools.cache
-    def is_sorted_at(place: tuple[str, ...]) -> bool:
-        return all(is_sorted(functools.reduce(_child, place, top)) for top in tops)
-
-    def hides_order(path: str, other: str) -> bool:
-        together = zip(path.split("/"), other.split("/"), strict=False)
-        return is_sorted_at(
-            tuple(a for a, _ in itertools.takewhile(lambda p: p[0] == p[1], together))
-        )
-
-    return hides_order
-
-
-def _child(tree: Any, name: str) -> Any:
+def child(tree: Any, name: str) -> Any:
     """What a tree has by this name; nothing if it has none."""
-    return {str(key): child for key, child in tree.items()}.get(name, {})
+    return next((child for key, child in tree.items() if str(key) == name), {})
 
 
 def other_entries(variables: Any) -> list[str]:
     """Names of what is not a floating point parameter or statistic, such as the state of rngs."""
     return [
         "/".join(path)
-        for path, leaf in _walk(variables)
+        for path, leaf in walk(variables)
         if _strip(path, variables) is None or not is_float(_value(leaf))
     ]
 
@@ -174,7 +164,7 @@ def _leaves(variables: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Paths without the collection, and leaves."""
     # Parameters first: not all layers have statistics.
     first = {name: variables[name] for name in COLLECTIONS if name in variables}
-    for path, leaf in _walk({**first, **variables}):
+    for path, leaf in walk({**first, **variables}):
         stripped = _strip(path, variables)
         if stripped is not None:
             yield stripped, leaf
@@ -182,12 +172,12 @@ def _leaves(variables: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _strip(path: tuple[str, ...], variables: Any) -> tuple[str, ...] | None:
     """The path without Linen's collection; None for collections not converted."""
-    if not any(name in variables for name in COLLECTIONS):
+    if is_nnx(variables):
         return path
     return path[1:] if path[0] in COLLECTIONS else None
 
 
-def _walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Leaves in the order in which the model made them, as far as that is known.
 
     `model.init` keeps that order. `jax.jit` and `jax.eval_shape` sort by name, whence the numbers
@@ -199,4 +189,4 @@ def _walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
     children = {str(key): child for key, child in tree.items()}
     names = list(children)
     for name in sorted(names, key=natural) if names == sorted(names) else names:
-        yield from _walk(children[name], (*path, name))
+        yield from walk(children[name], (*path, name))

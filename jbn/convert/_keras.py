@@ -9,7 +9,7 @@ import numpy as np
 
 from jbn.convert import _convert, _keras_files
 from jbn.convert._flax import Layer
-from jbn.convert._match import Move, Pair, Source
+from jbn.convert._pairs import Move, Pair, Source
 from jbn.convert._report import Converted
 
 WITH_KERNEL = {"kernel": "kernel", "bias": "bias"}

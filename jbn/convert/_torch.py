@@ -12,7 +12,7 @@ import numpy as np
 from jbn import _axes
 from jbn.convert import _convert, _flax, _match, _safetensors, _torch_layouts
 from jbn.convert._flax import Layer
-from jbn.convert._match import Move, Pair, Source
+from jbn.convert._pairs import Move, Moves, Pair, Source
 from jbn.convert._report import Converted
 
 VARIANCE_IN = (
@@ -224,7 +224,7 @@ def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[list[
     for entry, value in entries.items():
         name, _, role = str(entry).rpartition(".")
         source = sources.setdefault(name, Source(name, {}, {}))
-        source.arrays[role] = _match.as_array(str(entry), value)
+        source.arrays[role] = _as_array(str(entry), value)
         source.entries[role] = str(entry)
     # A safetensors file, and so what its own loaders return, is sorted by dtype and name; torch
     # puts a weight before its bias.
@@ -240,9 +240,28 @@ def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[list[
     return [sources[name] for name in order], is_sorted
 
 
-def _renamed(
-    layers: Mapping[str, Layer], moves: _match.Moves, names: Mapping[str, str]
-) -> list[Pair]:
+def _as_array(name: str, value: Any) -> np.ndarray:
+    """One entry of a source as a NumPy array of numbers."""
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"the entry {name!r} is itself a mapping: pass the one that holds arrays, such as "
+            f"checkpoint[{name!r}]."
+        )
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the entry {name!r} cannot be a NumPy array ({error}): convert it first, a tensor of "
+            "torch with tensor.detach().float().cpu().numpy()."
+        ) from None
+    if array.dtype.kind not in "fiubV" or (array.dtype.kind == "V" and not _flax.is_float(array)):
+        raise TypeError(
+            f"the entry {name!r} must be an array of numbers, got {_axes.describe(value)}."
+        )
+    return array
+
+
+def _renamed(layers: Mapping[str, Layer], moves: Moves, names: Mapping[str, str]) -> list[Pair]:
     """Pairs each layer with the torch layer that is made for it."""
     for path in names:
         if path not in layers:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jbn.convert._flax import Layer
-from jbn.convert._match import Move, Source
+from jbn.convert._pairs import Move, Source
 
 WITH_KERNEL = {"kernel": "weight", "bias": "bias"}
 ROLES = {
