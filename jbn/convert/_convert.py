@@ -16,6 +16,7 @@ from jbn.convert._report import Converted, Report, Row
 
 NOT_FLOATING = "not a floating point parameter or statistic"
 UPSAMPLING = re.compile("(^|[^a-z])up|deconv|transpos")  # in the name of a layer
+AUTOMATIC = re.compile(r"(.*/)?Conv_\d+")  # Linen's name for a Conv
 
 
 def pair_layers(
@@ -37,6 +38,7 @@ def pair_layers(
     by_name = {source.name: source for source in sources}
     left = dict.fromkeys(_flax.other_entries(variables), NOT_FLOATING)
     left |= _match.split_left(leave, layers, by_name)
+    _check_statistics(layers.values(), by_name.values())
     orders = _order.of_flax(variables), _order.of_source(by_name, is_sorted=is_sorted)
     pairs = _match.match(layers, by_name, moves, names or {}, orders)
     for layer, source, used, _ in pairs:
@@ -56,6 +58,20 @@ def pair_layers(
         }
     order = {path: i for i, path in enumerate(layers)}
     return sorted(pairs, key=lambda pair: order[pair.layer.path]), left
+
+
+def _check_statistics(layers: Iterable[Layer], sources: Iterable[Source]) -> None:
+    """Checks that Flax has running statistics if the source has."""
+    norms = [
+        source.name for source in sources if any(role.endswith("_mean") for role in source.arrays)
+    ]
+    if norms and not any("mean" in layer.arrays for layer in layers):
+        raise ValueError(
+            f"the source has running statistics, of {norms[0] or 'the model'} first, and the "
+            "variables have none: pass all of a Linen model's, params and batch_stats, or "
+            "nnx.state(model) of an NNX model. If the model has no batch norm, name that of the "
+            "source in leave."
+        )
 
 
 def check_mappings(**options: Any) -> None:
@@ -180,16 +196,46 @@ def _doubts(pairs: Sequence[Pair]) -> Iterator[str]:
             f"if they are defined and called in different orders: {', '.join(by_order)}. Check "
             "them, or give names."
         )
-    for layer, source, _, _ in pairs:
-        name = f"{layer.path} and {source.name}"
-        if layer.kind == "Conv" and not source.kind and UPSAMPLING.search(name.lower()):
-            *_, inputs, outputs = layer.arrays["kernel"].shape
-            if inputs == outputs:
-                yield (
-                    f"{name} are taken as a Conv, since with {inputs} inputs and outputs they look "
-                    "as one. If they are a ConvTranspose, give "
-                    f"transpose_kernel={{{layer.path!r}: False}}, or True as the layer has it."
-                )
+    for pair in pairs:
+        name = " and ".join(pair.names)
+        if _may_be_transposed(pair, pairs):
+            yield (
+                f"{name} are taken as a Conv, since with as many inputs as outputs they look as "
+                "one. If they are a ConvTranspose, give "
+                f"transpose_kernel={{{pair.layer.path!r}: False}}, or True as the layer has it."
+            )
+        elif pair.layer.kind == "ConvTranspose" and pair.layer.is_default and _is_square(pair):
+            yield (
+                f"{name} are taken as a ConvTranspose of transpose_kernel=False, Flax's default. "
+                "With as many inputs as outputs they fit the other setting too: if the layer has "
+                f"it, give transpose_kernel={{{pair.layer.path!r}: True}}."
+            )
+
+
+def _may_be_transposed(pair: Pair, pairs: Sequence[Pair]) -> bool:
+    """Whether what was taken as a Conv may be a ConvTranspose.
+
+    Names may say so. If neither they nor the source's kind say that it is none, so may the size of
+    the kernel: an even one, or that of a ConvTranspose in the model.
+    """
+    if pair.layer.kind != "Conv" or pair.source.kind or not _is_square(pair):
+        return False
+    if UPSAMPLING.search(" ".join(pair.names).lower()):
+        return True
+    sizes = {_size(other) for other in pairs if any(move.is_transposed for move in other.moves)}
+    is_even = all(n % 2 == 0 for n in _size(pair))
+    return not AUTOMATIC.fullmatch(pair.layer.path) and (is_even or _size(pair) in sizes)
+
+
+def _size(pair: Pair) -> tuple[int, ...]:
+    """That of a kernel, without its features."""
+    return tuple(pair.layer.arrays["kernel"].shape[:-2])
+
+
+def _is_square(pair: Pair) -> bool:
+    """Whether a kernel has as many inputs as outputs."""
+    *_, a, b = pair.layer.arrays["kernel"].shape
+    return a == b
 
 
 def _check_concrete(weights: Any) -> None:

@@ -21,11 +21,13 @@ class Layer:
         path: its place, without the collection: `"block/Conv_0"`.
         arrays: its arrays or their `jax.ShapeDtypeStruct`, by role: kernel, bias, scale, ...
         transpose_kernel: the argument of a ConvTranspose; None for a layer not known as one.
+        is_default: whether that is Flax's default, and was not given.
     """
 
     path: str
     arrays: dict[str, Any]
     transpose_kernel: bool | None = None
+    is_default: bool = False
 
     @property
     def kind(self) -> str:
@@ -71,7 +73,9 @@ def read_layers(variables: Any, transpose_kernel: Mapping[str, bool]) -> dict[st
     if unknown:
         raise ValueError(f"transpose_kernel names {unknown[0]!r}, but {known_names(arrays)}.")
     return {
-        path: Layer(path, roles, transpose_kernel.get(path, _default_transpose_kernel(path)))
+        path: Layer(path, roles, transpose_kernel[path])
+        if path in transpose_kernel
+        else Layer(path, roles, _default_transpose_kernel(path), is_default=True)
         for path, roles in arrays.items()
     }
 

@@ -214,7 +214,8 @@ def _kernels(layer: Layer, source: Source, role: str) -> list[Move]:
     same = Move("kernel", role)
     if layer.kind == "Dense":
         return [same]
-    mirrored = Move("kernel", role, _mirror, _mirror, "(*K, O, I) to (*K, I, O), mirrored along K")
+    layout = "(*K, O, I) to (*K, I, O), mirrored along K"
+    mirrored = Move("kernel", role, _mirror, _mirror, layout, is_transposed=True)
     depthwise = _depthwise(source, role)
     if source.kind == "DepthwiseConv":
         return [depthwise]

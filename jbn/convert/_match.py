@@ -10,7 +10,7 @@ from typing import Any
 from jbn import _axes
 from jbn.convert import _order
 from jbn.convert._flax import Layer, known_names
-from jbn.convert._order import Order, OrderError
+from jbn.convert._order import Order
 from jbn.convert._pairs import OPTIONAL, Move, Moves, Pair, Source, fitting
 
 
@@ -42,9 +42,10 @@ def match(
     # counts activations too. Among layers that are not all so named, the order must confirm them.
     done = {pair.layer.path for pair in given + equal}
     doubtful = {_alike(layer) for path, layer in layers.items() if path not in done}
-    certain = [pair for pair in equal if _alike(pair.layer) not in doubtful]
-    unsure = dict(pair.names for pair in equal if pair not in certain and not _is_vague(pair))
-    sure = given + certain
+    sure = given + [pair for pair in equal if _alike(pair.layer) not in doubtful]
+    unsure = dict(
+        pair.names for pair in equal if _alike(pair.layer) in doubtful and not _is_vague(pair)
+    )
     done, taken = {pair.layer.path for pair in sure}, {pair.source.name for pair in sure}
     groups = _by_order(
         [layer for path, layer in layers.items() if path not in done],
@@ -58,7 +59,7 @@ def match(
         guess: dict[str, str] = {}
         for group, _ in refused:
             guess |= _guess(group, unsure)
-        raise OrderError(reason, guess)
+        raise _order.error(reason, guess)
     return sure + [pair for group in groups for pair in group]
 
 
@@ -142,7 +143,7 @@ def _by_equal_names(
         taken = {*names.values(), *(pair.source.name for pair in pairs)}
         ours = _unique(plain, (path for path in layers if path not in done))
         theirs = _unique(plain_source, (name for name in sources if name not in taken))
-        for key in ours.keys() & theirs.keys():
+        for key in filter(theirs.__contains__, ours):
             layer, source = layers[ours[key]], sources[theirs[key]]
             may_differ = plain is not _plain or key[-1].isdigit()
             if not may_differ or fitting(layer, source, moves):
@@ -206,14 +207,14 @@ def _order_against_names(
 
 def _guess(group: Sequence[Pair], names: Mapping[str, str]) -> dict[str, str]:
     """The group by equal names where they do not end in a bare number, the others by order."""
+    paths, others = zip(*(pair.names for pair in group), strict=True)
     kept = {
-        pair.layer.path: names[pair.layer.path]
-        for pair in group
-        if not _plain(names.get(pair.layer.path, "0"))[-1].isdigit()
+        path: names[path]
+        for path in paths
+        if names.get(path) in others and not _plain(names[path])[-1].isdigit()
     }
-    paths = [pair.layer.path for pair in group if pair.layer.path not in kept]
-    others = [pair.source.name for pair in group if pair.source.name not in kept.values()]
-    return kept | dict(zip(paths, others, strict=True))
+    rest = (name for name in others if name not in kept.values())
+    return {path: kept.get(path) or next(rest) for path in paths}
 
 
 def _alike(layer: Layer) -> tuple[Any, ...]:

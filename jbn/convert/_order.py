@@ -23,14 +23,19 @@ class OrderError(ValueError):
     """Layers of one kind and shape whose order is not known, or not the same in both models.
 
     Attributes:
-        names: a guess, by the order of appearance: to be corrected and given as `names`.
+        names: a guess at how they belong together, to be corrected and given as `names`.
     """
 
-    def __init__(self, reason: str, names: Mapping[str, str]):
-        self.names = dict(names)
-        shown = ", ".join(f"{k!r}: {v!r}" for k, v in itertools.islice(names.items(), SHOWN))
-        more = ", ...}; all are in the error's attribute names" if len(names) > SHOWN else "}"
-        super().__init__(f"{reason} A guess by order, to be corrected: names={{{shown}{more}")
+    names: dict[str, str]
+
+
+def error(reason: str, names: dict[str, str]) -> OrderError:
+    """The error with the guess, of which the message shows the beginning."""
+    shown = ", ".join(f"{k!r}: {v!r}" for k, v in itertools.islice(names.items(), SHOWN))
+    end = ", ...}, all of it in this error's attribute names" if len(names) > SHOWN else "}"
+    made = OrderError(f"{reason} A guess by order, to be corrected: names={{{shown}{end}")
+    made.names = names
+    return made
 
 
 class Order(NamedTuple):

@@ -48,6 +48,7 @@ class Move(NamedTuple):
         forward: from there to Flax; returns an array of the same elements.
         backward: the inverse.
         layout: in words.
+        is_transposed: whether it is that of a transposed convolution.
     """
 
     role: str
@@ -55,6 +56,7 @@ class Move(NamedTuple):
     forward: Callable[[np.ndarray], np.ndarray] = _same
     backward: Callable[[np.ndarray], np.ndarray] = _same
     layout: str = ""
+    is_transposed: bool = False
 
     def fits(self, layer: Layer, source: Source) -> bool:
         """Whether the array of the source then has the shape of the layer's."""
