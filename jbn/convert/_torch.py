@@ -1,10 +1,11 @@
 """From and to the `state_dict` of torch, without torch."""
 
 import functools
+import itertools
 import math
 import numbers
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ VARIANCE_IN = (
 VARIANCE_OUT = (
     "The running variances are written as they are: biased (over n), unless the layers had "
     "unbiased=True, where torch goes on with unbiased ones (over n - 1)."
+)
+
+REORDERED = (
+    "which is v.reshape(C, H, W, -1).transpose(1, 2, 0, 3).reshape(v.shape) of each array v in "
+    "torch."
 )
 
 
@@ -128,10 +134,8 @@ def from_torch(
         transpose_kernel=transpose_kernel,
     )
     notes = notes if _convert.batch_norms(pairs) else []
-    notes = [
-        *_unflattened(pairs, flattened or {}, is_ordered=not _flax.is_sorted(variables)),
-        *notes,
-    ]
+    order = None if is_sorted else sources
+    notes = [*_notes_of_order(pairs, flattened or {}, variables, order), *notes]
 
     def arguments(pair: Pair) -> dict[str, Any]:
         counted = {"momentum": None} if "count" in pair.layer.arrays else {}
@@ -187,8 +191,10 @@ def to_torch(
         left = dict.fromkeys(_flax.other_entries(variables), _convert.NOT_FLOATING)
         left |= _match.split_left(leave, layers, {})
         pairs = _renamed(layers, moves, names or {})
+        order = None
     else:
         sources, is_sorted = _read(like)
+        order = None if is_sorted else sources
         kept = {s.entries[role]: v for s in sources for role, v in s.arrays.items()}
         pairs, left = _convert.pair_layers(
             variables,
@@ -200,10 +206,7 @@ def to_torch(
             transpose_kernel=transpose_kernel,
         )
     notes = [VARIANCE_OUT] if _convert.batch_norms(pairs) else []
-    notes = [
-        *_unflattened(pairs, flattened or {}, is_ordered=not _flax.is_sorted(variables)),
-        *notes,
-    ]
+    notes = [*_notes_of_order(pairs, flattened or {}, variables, order), *notes]
     weights, report = _convert.out_of_flax("torch", pairs, left, notes)
     weights = kept | weights
     if path is not None:
@@ -318,30 +321,80 @@ def _check_flattened(
     return flattened or {}
 
 
+def _notes_of_order(
+    pairs: Sequence[Pair],
+    flattened: Mapping[str, Sequence[int]],
+    variables: Any,
+    sources: Sequence[Source] | None,
+) -> list[str]:
+    """Notes of layers with features in torch's order of (C, H, W), which is not Flax's.
+
+    `sources` are torch's layers in the order of the model, None if that is not known.
+    """
+    is_ordered = not _flax.is_sorted(variables)
+    orders = [pairs] if is_ordered else []
+    if sources is not None:
+        place = {source.name: i for i, source in enumerate(sources)}
+        orders.append(sorted(pairs, key=lambda pair: place[pair.source.name]))
+    return [*_unflattened(pairs, flattened, is_ordered=is_ordered), *_viewed(orders or [pairs])]
+
+
 def _unflattened(
     pairs: Sequence[Pair], flattened: Mapping[str, Sequence[int]], *, is_ordered: bool
 ) -> Iterator[str]:
     """Notes of Dense layers that may follow a flatten of which `flattened` does not say.
 
     Their number of inputs is a multiple of a convolution's channels, and no other layer's features;
-    where the pairs are in the order of the model, no earlier layer's.
+    where the pairs are in the order of the model, no earlier layer's. A batch norm has those of the
+    layer before it, or of the flatten: then it is named too.
     """
-    features = {
-        layer.path: {value.shape[-1] for value in layer.arrays.values()} for layer, *_ in pairs
-    }
-    channels = set[int]().union(
-        *(features[layer.path] for layer, *_ in pairs if "Conv" in layer.kind)
-    )
-    for i, (layer, *_) in enumerate(pairs):
-        if layer.kind != "Dense" or layer.path in flattened:
+    channels = set[int]().union(*(_features(p) for p in pairs if "Conv" in p.layer.kind))
+    for i, pair in enumerate(pairs):
+        if pair.layer.kind != "Dense":
             continue
-        inputs = layer.arrays["kernel"].shape[0]
-        before = {pair.layer.path for pair in (pairs[:i] if is_ordered else pairs)} - {layer.path}
-        others = (features[path] for path in before)
-        is_multiple = any(1 < c < inputs and inputs % c == 0 for c in channels)
-        if is_multiple and not any(inputs in found for found in others):
+        path, inputs = pair.layer.path, pair.layer.arrays["kernel"].shape[0]
+        others = pairs[:i] if is_ordered else [*pairs[:i], *pairs[i + 1 :]]
+        is_suspect = any(1 < c < inputs and inputs % c == 0 for c in channels) and not any(
+            inputs in _features(other) for other in others if not other.is_norm
+        )
+        if path not in flattened and not is_suspect:
+            continue
+        if path not in flattened:
             yield (
-                f"{layer.path} has {inputs} inputs, which no layer before has as its features: "
-                f"if torch flattens (C, H, W) before it, give flattened={{{layer.path!r}: "
+                f"{path} has {inputs} inputs, which no layer before has as its features: "
+                f"if torch flattens (C, H, W) before it, give flattened={{{path!r}: "
                 "(C, H, W)}, or its inputs are in another order than in Flax."
             )
+        norms = [
+            other.layer.path for other in others if other.is_norm and inputs in _features(other)
+        ]
+        if norms:
+            yield (
+                f"{', '.join(norms)} may be between a flatten and {path}, whose inputs are as many "
+                f"as the features: if so, these are in another order than in Flax, {REORDERED}"
+            )
+
+
+def _viewed(orders: Iterable[Sequence[Pair]]) -> Iterator[str]:
+    """Notes of Dense layers whose outputs may become the (C, H, W) of a convolution after them."""
+    noted = set()
+    for pairs in orders:
+        layers = [pair.layer for pair in pairs if not pair.is_norm]
+        for dense, conv in itertools.pairwise(layers):
+            if dense.kind != "Dense" or "Conv" not in conv.kind or dense.path in noted:
+                continue
+            outputs = dense.arrays["kernel"].shape[-1]
+            inputs = conv.arrays["kernel"].shape[-1 if conv.transpose_kernel else -2]
+            if 1 < inputs < outputs and outputs % inputs == 0:
+                noted.add(dense.path)
+                yield (
+                    f"{dense.path} has {outputs} outputs, a multiple of the {inputs} inputs of "
+                    f"{conv.path}: if torch views them as (C, H, W) between the two, they and the "
+                    "features of a batch norm there are in another order than in Flax, "
+                    f"{REORDERED}"
+                )
+
+
+def _features(pair: Pair) -> set[int]:
+    """The last axes of the arrays of the Flax layer."""
+    return {value.shape[-1] for value in pair.layer.arrays.values()}
