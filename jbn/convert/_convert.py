@@ -1,7 +1,7 @@
 """What both frameworks share: from paired layers to the weights of either side, and the report."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -196,9 +196,10 @@ def _doubts(pairs: Sequence[Pair]) -> Iterator[str]:
             f"if they are defined and called in different orders: {', '.join(by_order)}. Check "
             "them, or give names."
         )
+    transposed = {_size(p) for p in pairs if any(move.is_transposed for move in p.moves)}
     for pair in pairs:
         name = " and ".join(pair.names)
-        if _may_be_transposed(pair, pairs):
+        if _may_be_transposed(pair, transposed):
             yield (
                 f"{name} are taken as a Conv, since with as many inputs as outputs they look as "
                 "one. If they are a ConvTranspose, give "
@@ -212,17 +213,16 @@ def _doubts(pairs: Sequence[Pair]) -> Iterator[str]:
             )
 
 
-def _may_be_transposed(pair: Pair, pairs: Sequence[Pair]) -> bool:
+def _may_be_transposed(pair: Pair, sizes: Container[tuple[int, ...]]) -> bool:
     """Whether what was taken as a Conv may be a ConvTranspose.
 
     Names may say so. If neither they nor the source's kind say that it is none, so may the size of
-    the kernel: an even one, or that of a ConvTranspose in the model.
+    the kernel: an even one, or one of `sizes`, those of the ConvTransposes that were told.
     """
     if pair.layer.kind != "Conv" or pair.source.kind or not _is_square(pair):
         return False
     if UPSAMPLING.search(" ".join(pair.names).lower()):
         return True
-    sizes = {_size(other) for other in pairs if any(move.is_transposed for move in other.moves)}
     is_even = all(n % 2 == 0 for n in _size(pair))
     return not AUTOMATIC.fullmatch(pair.layer.path) and (is_even or _size(pair) in sizes)
 

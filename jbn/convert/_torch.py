@@ -361,13 +361,12 @@ def _unflattened(
             continue
         if path not in flattened:
             yield (
-                f"{path} has {inputs} inputs, which no layer before has as its features: "
-                f"if torch flattens (C, H, W) before it, give flattened={{{path!r}: "
-                "(C, H, W)}, or its inputs are in another order than in Flax."
+                f"{path} has {inputs} inputs, which no convolution or Dense layer before has as "
+                "its features: if torch flattens (C, H, W) before it, give "
+                f"flattened={{{path!r}: (C, H, W)}}, or its inputs are in another order than in "
+                "Flax."
             )
-        norms = [
-            other.layer.path for other in others if other.is_norm and inputs in _features(other)
-        ]
+        norms = [p.layer.path for p in others if p.is_norm and inputs in _features(p)]
         if norms:
             yield (
                 f"{', '.join(norms)} may be between a flatten and {path}, whose inputs are as many "
