@@ -83,6 +83,7 @@ def from_keras(
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OrderError: if the order of layers does not pair them. A ValueError; `names` is a guess.
         TypeError, ValueError: if a layer of either side is without its equal, in number, shape or
             kind, holds NaN or infinities or a negative variance, or if the file is truncated or
             foreign.

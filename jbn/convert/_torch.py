@@ -45,15 +45,18 @@ def from_torch(
 ) -> Converted:
     """Loads torch's weights into the variables of a Flax model.
 
-    Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`),
-    and the others by their order of appearance among layers of the same kind and shape; the
-    report says which, and names those that only their order tells apart. The order is that of
-    the state_dict, which is that of the definition, and that of `model.init`. Names that are
-    sorted, as `jax.jit`, `jax.eval_shape`, NNX and safetensors sort them, say it only where
-    numbers tell them apart, Conv_0, ..., Conv_9, Conv_10; others must be given in `names`. So
-    must layers of one shape that are used in another order than they are defined in. That is found
-    where numbers in the names or layers of other shapes show it, but not, say, of two equal
-    branches: check what the report names first, or the output of the model.
+    Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`; the
+    `layers` of a Sequential, and what all names of one side begin with, may be missing), and the
+    others by their order of appearance among layers of the same kind and shape; the report says
+    which, and names those that only their order tells apart. The order is that of the state_dict,
+    which is that of the definition, and that of `model.init`. Names that are sorted, as `jax.jit`,
+    `jax.eval_shape`, NNX and safetensors sort them, say it only where numbers tell them apart,
+    Conv_0, ..., Conv_9, Conv_10. In a sorted template these are taken for the order of the calls,
+    which they are not in `Dense(2)(Dense(4)(x))`: Linen numbers the outer layer first. What is not
+    known, and layers of one shape that are used in another order than they are defined in, must be
+    given in `names`: the error has a guess to correct. The latter is found where numbers in the
+    names or layers of other shapes show it, but not, say, of two equal branches: check what the
+    report names first, or the output of the model.
 
     Layouts, for any number of spatial axes:
 
@@ -78,7 +81,8 @@ def from_torch(
             where its name is not Linen's own (`ConvTranspose_0`, taken as False) and its numbers
             of inputs and outputs are equal, since the layer then looks as a Conv does.
         flattened: by path, the shape (C, H, W) that torch flattens before this Dense layer, where
-            Flax flattens (H, W, C). The report names layers whose inputs suggest it.
+            Flax flattens (H, W, C). The report names layers whose inputs suggest it, and others
+            that a flatten or a view as (C, H, W) may concern.
         epsilon: torch's `eps`, for the report: a state_dict does not hold it.
         momentum: torch's, the weight of the new statistics; the report has Flax's, 1 - momentum.
 
@@ -87,6 +91,7 @@ def from_torch(
         the report.
 
     Raises:
+        OrderError: if the order of layers does not pair them. A ValueError; `names` is a guess.
         TypeError, ValueError: if a layer of either side is without its equal, in number, shape or
             kind, holds NaN or infinities or a negative variance, or if the file is a pickle,
             truncated or foreign.
