@@ -703,10 +703,11 @@ def test_names_that_are_equal_by_accident():
     variables = dense_params("layers_0", "layers_1", "layers_2")
     state_dict = torch_linears("layers.0", "layers.2", "layers.4")
     with pytest.raises(
-        ValueError, match=r"layers_2 and layers.2 have equal names, but by the order"
-    ):
+        convert.OrderError, match=r"layers_2 and layers.2 have equal names, but by the order"
+    ) as caught:
         convert.from_torch(state_dict, variables)
     names = {"layers_1": "layers.2", "layers_2": "layers.4"}
+    assert caught.value.names == names | {"layers_0": "layers.0"}
     weights = convert.from_torch(state_dict, variables, names=names).weights["params"]
     np.testing.assert_array_equal(weights["layers_1"]["bias"], state_dict["layers.2.bias"])
     # Where the order confirms the equal names it serves the others too.
