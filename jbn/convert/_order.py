@@ -113,8 +113,9 @@ def objections(
 
     - a pair that crosses some of a group denies its order, unless numbers confirm it on both sides
       (of one that crosses all, the order within the group does not depend);
-    - of batch norms, whose order is that of the layers that they follow, it is also denied by other
-      layers that cross each other among them.
+    - of batch norms, whose order is that of the layers that they follow, it is also denied by two
+      other layers that cross each other, unless one comes after all of the group in either model:
+      none of the group follows that one.
 
     Args:
         groups: all pairs; those not paired by order are groups of their own.
@@ -138,7 +139,7 @@ def objections(
             reason = (
                 _unknown(group, orders)
                 or _crossed(group, crossings[is_norm])
-                or (_crossed_among(group, crossings[False], orders) if is_norm else "")
+                or (_crossed_before(group, crossings[False], orders) if is_norm else "")
             )
             if reason:
                 yield group, reason
@@ -180,18 +181,18 @@ def _crossed(group: Sequence[Pair], crossings: Iterable[tuple[Pair, Pair]]) -> s
     return ""
 
 
-def _crossed_among(
+def _crossed_before(
     group: Sequence[Pair], crossings: Iterable[tuple[Pair, Pair]], orders: Sequence[Order]
 ) -> str:
-    """Says which other layers cross each other where the batch norms of the group are."""
+    """Says which other layers cross each other that the batch norms of the group may follow."""
     for two in crossings:
-        if not any(_is_apart(pair, group, orders) for pair in two):
+        if not any(_is_after(pair, group, orders) for pair in two):
             first, second = (" and ".join(pair.names) for pair in two)
             return (
                 f"{_paths(group)} would be paired by the order of batch norms of their shape, but "
-                f"the two models have different orders of the layers among them: {first} come "
-                f"before {second} in one, and after them in the other. Pair {_paths(group)} in "
-                "names."
+                "the two models have different orders of the layers that these may follow: "
+                f"{first} come before {second} in one, and after them in the other. Pair "
+                f"{_paths(group)} in names."
             )
     return ""
 
@@ -202,10 +203,10 @@ def _cross(pair: Pair, other: Pair, orders: Sequence[Order]) -> bool:
     } == {True, False}
 
 
-def _is_apart(pair: Pair, group: Sequence[Pair], orders: Sequence[Order]) -> bool:
-    """Whether on both sides the pair is known to come before all of the group or after all."""
-    return all(
-        order.is_before(name, names[0]) or order.is_before(names[-1], name)
+def _is_after(pair: Pair, group: Sequence[Pair], orders: Sequence[Order]) -> bool:
+    """Whether the pair is known to come after all of the group in one of the models."""
+    return any(
+        order.is_before(names[-1], name)
         for order, name, names in zip(orders, pair.names, _sides(group), strict=True)
     )
 
