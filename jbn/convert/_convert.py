@@ -16,7 +16,7 @@ from jbn.convert._report import Converted, Report, Row
 
 NOT_FLOATING = "not a floating point parameter or statistic"
 UPSAMPLING = re.compile("(^|[^a-z])up|deconv|transpos")  # in the name of a layer
-AUTOMATIC = re.compile(r"(.*/)?Conv_\d+")  # Linen's name for a Conv
+LINENS_CONV = re.compile(r"(.*/)?Conv_\d+")  # Linen's own name for one
 
 
 def pair_layers(
@@ -224,7 +224,7 @@ def _may_be_transposed(pair: Pair, sizes: Container[tuple[int, ...]]) -> bool:
     if UPSAMPLING.search(" ".join(pair.names).lower()):
         return True
     is_even = all(n % 2 == 0 for n in _size(pair))
-    return not AUTOMATIC.fullmatch(pair.layer.path) and (is_even or _size(pair) in sizes)
+    return not LINENS_CONV.fullmatch(pair.layer.path) and (is_even or _size(pair) in sizes)
 
 
 def _size(pair: Pair) -> tuple[int, ...]:

@@ -104,18 +104,18 @@ def objections(
 ) -> Iterator[tuple[Sequence[Pair], str]]:
     """The groups that should not have been paired by their order, each with the reason.
 
-    A group is of one kind and shape. Its layers may be paired by order if, on both sides, that is
-    known and numbers in the names do not deny it; and if no *crossing* denies it. Two pairs cross
-    where one comes before the other in one model and after it in the other, as with the shortcut of
-    a residual block that one has first and the other last. Batch norms may cross other layers: in
-    torch often all convolutions are defined before all batch norms. But within each of these two
-    sorts
+    A group is of one kind and shape. To be paired by order it must have the same order in both
+    models, of which three things speak:
 
-    - a pair that crosses some of a group denies its order, unless numbers confirm it on both sides
-      (of one that crosses all, the order within the group does not depend);
-    - of batch norms, whose order is that of the layers that they follow, it is also denied by two
-      other layers that cross each other, unless one comes after all of the group in either model:
-      none of the group follows that one.
+    1. Its own: on both sides it must be known, and numbers in the names must not deny it.
+    2. Pairs that *cross*, one coming before the other in one model and after it in the other, as
+       the shortcut of a residual block that one has first and the other last. Batch norms may cross
+       other layers, since in torch often all convolutions are defined before all batch norms. But a
+       pair of the group's own sort, batch norm or other, must cross none of the group, or all: then
+       the order within the group does not depend on it. Numbers that confirm the group's order on
+       both sides outweigh this.
+    3. For batch norms, the layers that they follow: no two other layers may cross each other, but
+       where one comes after all of the group in either model, so that none of the group follows it.
 
     Args:
         groups: all pairs; those not paired by order are groups of their own.
@@ -198,6 +198,7 @@ def _crossed_before(
 
 
 def _cross(pair: Pair, other: Pair, orders: Sequence[Order]) -> bool:
+    """Whether one is known to come before the other in one model, and after it in the other."""
     return {
         order.is_before(*names) for order, names in zip(orders, _sides([pair, other]), strict=True)
     } == {True, False}
