@@ -1246,10 +1246,11 @@ def test_outputs_that_are_viewed_as_an_image():
     for outputs, inputs in ((3, 3), (12, 1), (12, 5)):
         variables = kernels_of(fc=(2, outputs), up=(3, 3, inputs, 2))
         assert not notes_of(variables, weights_of(fc=(outputs, 2), up=(inputs, 2, 3, 3)))
-    # Not where another layer is next, in the one order that is known.
-    variables = kernels_of(up=(3, 3, 3, 2), fc=(2, 12), out=(12, 3))
-    state_dict = weights_of(up=(3, 2, 3, 3), fc=(12, 2), out=(3, 12))
+    # Not where another layer is next, in the one order that is known: torch's, or Flax's.
+    variables = kernels_of(up=(3, 3, 3, 2), fc=(2, 12), z=(12, 3))
+    state_dict = weights_of(up=(3, 2, 3, 3), fc=(12, 2), z=(3, 12))
     assert not notes_of(jax.tree.map(lambda v: v, variables), state_dict)
+    assert not notes_of(variables, dict(sorted(state_dict.items())))
 
 
 @pytest.mark.parametrize("given", [False, True])
