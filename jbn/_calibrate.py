@@ -128,6 +128,10 @@ def explained(batch: Any, apply_fn: str) -> Iterator[None]:
                 "alone cannot: let apply_fn call the model so that batch norm runs in all branches "
                 "or in none, such as by jnp.where."
             )
+        elif (
+            type(error).__name__ == "ModifyScopeVariableError"
+        ):  # of Flax, which is not needed here
+            error.add_note("apply_fn must pass on the mutable that it is given to model.apply.")
         elif not hasattr(batch, "shape"):
             error.add_note(
                 f"The batch came as a {type(batch).__name__}: where the model takes a part of it "

@@ -94,11 +94,12 @@ class Report:
         return {row.pop("layer"): {**row, "findings": list(row["findings"])} for row in rows}
 
     def __rich__(self) -> Table:
-        table = Table("layer", title="Running against batch statistics")
+        table = Table(title="Running against batch statistics")
+        table.add_column("layer", overflow="fold")
         drift, ratio = "drift / std\nmedian, max", "running var / var\nmin, max"
         for header in ("features", drift, ratio, "elements\nat least"):
             table.add_column(header, justify="right")
-        table.add_column("findings")
+        table.add_column("findings", overflow="fold")
         for row in self.rows:
             table.add_row(
                 row.layer or "(model)",
@@ -248,14 +249,17 @@ def _row(
         useless_parameters=bias.parameters,
         findings=(),
     )
-    return dataclasses.replace(row, findings=_findings(row, pooled))
+    return dataclasses.replace(row, findings=_findings(row, pooled, scale))
 
 
-def _findings(row: Row, pooled: Pooled) -> tuple[str, ...]:
+def _findings(row: Row, pooled: Pooled, scale: np.ndarray) -> tuple[str, ...]:
     """What is worth a look, each with what to do about it."""
     lowest, highest = row.var_ratio_min, row.var_ratio_max
-    drifted = row.drift_max > _DRIFT or lowest < 1 / _VAR_RATIO or highest > _VAR_RATIO
+    # So that NaN, which running statistics may be, is not within.
+    within = row.drift_max <= _DRIFT and lowest >= 1 / _VAR_RATIO and highest <= _VAR_RATIO
+    drifted = (pooled.count > 0).any() and not within
     left_out = int((pooled.left_out > 0).sum())
+    broken = int((~np.isfinite(scale)).sum())
     told = {
         "running statistics are off: calibrate": drifted,
         f"features that vary by little against epsilon: {row.near_epsilon}": row.near_epsilon,
@@ -265,6 +269,7 @@ def _findings(row: Row, pooled: Pooled) -> tuple[str, ...]:
             row.smallest_count < _FEW
         ),
         f"features with moments that are not finite: {left_out}": left_out,
+        f"scales that are not finite: {broken}": broken,
         f"the bias of {row.useless_bias_of or 'the layer before'} changes nothing: "
         f"use_bias=False saves {row.useless_parameters} parameters": row.useless_parameters,
     }

@@ -1,10 +1,13 @@
 """Weights of torch and Keras: layouts against the definitions, pairing, reports, bad files."""
 
+import ast
 import functools
 import itertools
 import json
 import os
+import pickle
 import re
+import sys
 import warnings
 
 import jax
@@ -700,10 +703,11 @@ def test_names_that_are_equal_by_accident():
     variables = dense_params("layers_0", "layers_1", "layers_2")
     state_dict = torch_linears("layers.0", "layers.2", "layers.4")
     with pytest.raises(
-        ValueError, match=r"layers_2 and layers.2 have equal names, but by the order"
-    ):
+        convert.OrderError, match=r"layers_2 and layers.2 have equal names, but by the order"
+    ) as caught:
         convert.from_torch(state_dict, variables)
     names = {"layers_1": "layers.2", "layers_2": "layers.4"}
+    assert caught.value.names == names | {"layers_0": "layers.0"}
     weights = convert.from_torch(state_dict, variables, names=names).weights["params"]
     np.testing.assert_array_equal(weights["layers_1"]["bias"], state_dict["layers.2.bias"])
     # Where the order confirms the equal names it serves the others too.
@@ -738,6 +742,21 @@ def test_an_order_that_other_layers_deny():
     last = kernels_of(Dense_0=(3, 4), Dense_1=(4, 4), Dense_2=(3, 4))
     params = convert.from_torch(state_dict, last).weights["params"]
     np.testing.assert_array_equal(params["Dense_2"]["kernel"], state_dict["shortcut.weight"].T)
+
+
+def test_a_head_that_is_defined_first():
+    """What crosses all of a group says nothing of the order within it."""
+    norm = {"scale": jnp.ones(2), "bias": jnp.ones(2)}
+    kernels = kernels_of(stem=(3, 2), mid=(2, 2), end=(2, 2), head=(2, 5))["params"]
+    params = {"stem": kernels["stem"], "p": norm, "mid": kernels["mid"], "q": norm}
+    params |= {"end": kernels["end"], "head": kernels["head"]}
+    stats = {name: {"mean": jnp.ones(2), "var": jnp.ones(2)} for name in "pq"}
+    state_dict = weights_of(first=(5, 2), a=(2, 3)) | norms_of("b") | weights_of(c=(2, 2))
+    state_dict |= norms_of("d") | weights_of(e=(2, 2))
+    variables = {"params": params, "batch_stats": stats}
+    weights = convert.from_torch(state_dict, variables).weights
+    np.testing.assert_array_equal(weights["params"]["end"]["kernel"], state_dict["e.weight"].T)
+    np.testing.assert_array_equal(weights["batch_stats"]["q"]["var"], state_dict["d.running_var"])
 
 
 def test_an_order_that_numbers_confirm():
@@ -893,3 +912,371 @@ def test_keras_h5_of_a_sequential_model(tmp_path):
     assert {row.matched for row in report.used} == {"equal names"}
     assert report.arguments == {"stem": {"epsilon": 0.5, "momentum": 0.7}}
     assert not report.notes
+
+
+def test_an_order_that_a_loader_of_safetensors_hides(tmp_path):
+    """It gives a mapping that is sorted by dtype and name, as the file is."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    state_dict = torch_linears("stem", "down", "mid")
+    state_dict["head.weight"] = draw(5, 2).astype(np.float16)
+    safetensors.save_file(state_dict, tmp_path / "model.safetensors")
+    loaded = safetensors.load_file(tmp_path / "model.safetensors")
+    assert list(loaded) != sorted(loaded)
+    variables = dense_params("a", "b", "c")
+    variables["params"]["d"] = {"kernel": jnp.ones((2, 5))}
+    with pytest.raises(ValueError, match=r"order of down, mid, stem.* the source is sorted"):
+        convert.from_torch(loaded, variables)
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    np.testing.assert_array_equal(weights["a"]["bias"], state_dict["stem.bias"])
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for name in ("stem", "down", "mid"):
+            x = nn.Dense(2, name=name)(x)
+        return x
+
+
+@pytest.mark.parametrize("transform", [nn.remat, nn.jit])
+def test_an_order_that_a_transformation_hides(transform):
+    """What init returns of a block under nn.remat or nn.jit is sorted, and not all of it."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(transform(Inner)()(x))
+
+    variables = Model().init(jax.random.key(0), jnp.ones((1, 2)))
+    state_dict = torch_linears("a", "b", "c") | {"d.weight": draw(3, 2), "d.bias": draw(3)}
+    with pytest.raises(ValueError, match=r"order of \w+/down, \w+/mid, \w+/stem.* is not known"):
+        convert.from_torch(state_dict, variables)
+
+
+def norms_of(*names):
+    return {
+        f"{name}.{role}": draw(2) ** 2
+        for name in names
+        for role in ("weight", "bias", "running_mean", "running_var")
+    }
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, each with a batch norm of two features."""
+
+    shortcut_first: bool
+
+    @nn.compact
+    def __call__(self, x):
+        sizes = [(3, 3), (3, 3), (1, 1)]
+        for size in sizes[::-1] if self.shortcut_first else sizes:
+            x = jbn.linen.BatchNorm(True)(nn.Conv(2, size, use_bias=False)(x))
+        return x
+
+
+@pytest.mark.parametrize("how", ["init", "sorted", "remat"])
+@pytest.mark.parametrize("separate", ["in turns", "in the main branch", "all"])
+def test_an_order_that_other_kinds_deny(how, separate):
+    """Batch norms of one shape, whose order only the convolutions beside them show."""
+    names = [f"block.conv{i}" for i in (1, 2)] + ["block.shortcut.0"]
+    norms = [f"block.bn{i}" for i in (1, 2)] + ["block.shortcut.1"]
+    convs = {
+        f"{name}.weight": draw(2, 2, size, size)
+        for name, size in zip(names, (3, 3, 1), strict=True)
+    }
+    state_dict = {}
+    if separate != "in turns":
+        state_dict = {**convs, **norms_of(*norms)}
+    if separate == "in the main branch":
+        state_dict = {k: state_dict[k] for k in sorted(state_dict, key=lambda k: "shortcut" in k)}
+    if separate == "in turns":
+        for (name, value), norm in zip(convs.items(), norms, strict=True):
+            state_dict |= {name: value} | norms_of(norm)
+
+    def template(shortcut_first):
+        model = (nn.remat(Block) if how == "remat" else Block)(shortcut_first)
+        variables = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+        return jax.tree.map(lambda v: v, variables) if how == "sorted" else variables
+
+    weights = convert.from_torch(state_dict, template(False)).weights["batch_stats"]
+    for i, norm in enumerate(norms):
+        np.testing.assert_array_equal(
+            weights[f"BatchNorm_{i}"]["mean"], state_dict[f"{norm}.running_mean"]
+        )
+    with pytest.raises(ValueError, match="Pair BatchNorm_0, BatchNorm_1, BatchNorm_2 in names"):
+        convert.from_torch(state_dict, template(True))
+
+
+def test_shortcuts_of_keras(keras, tmp_path):
+    """Keras numbers its layers as they are made, here the shortcut last."""
+    x = keras.Input((4, 4, 2))
+    y = x
+    for size in (3, 3):
+        y = keras.layers.Conv2D(2, size, padding="same", use_bias=False)(y)
+        y = keras.layers.BatchNormalization()(y)
+    z = keras.layers.BatchNormalization()(keras.layers.Conv2D(2, 1, use_bias=False)(x))
+    with warnings.catch_warnings(action="ignore"):
+        keras.Model(x, y + z).save(tmp_path / "model.keras")
+    variables = Block(shortcut_first=True).init(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
+    with pytest.raises(ValueError, match="in names"):
+        convert.from_keras(tmp_path / "model.keras", variables)
+
+
+def test_numbers_that_are_not_next_to_each_other_deny_an_order():
+    state_dict = torch_linears("fc2", "mid", "fc1")
+    with pytest.raises(ValueError, match="their numbers say another"):
+        convert.from_torch(state_dict, dense_params("a", "b", "c"))
+
+
+def test_leave_a_single_entry():
+    """Such as a parameter of the whole module, whose layer has no name."""
+    state_dict = {"cls_token": draw(1, 2), "scale": draw(), **torch_linears("fc")}
+    report = convert.from_torch(state_dict, dense_params("a"), leave=["cls_token", "scale"]).report
+    assert report.left == {"cls_token": "leave", "scale": "leave"}
+    like = convert.to_torch(dense_params("a"), like=state_dict, leave=["cls_token", "scale"])
+    np.testing.assert_array_equal(like.weights["cls_token"], state_dict["cls_token"])
+
+
+def test_a_flatten_that_a_later_layer_hides():
+    """As in an autoencoder, whose decoder begins with as many features."""
+    variables = kernels_of(conv=(3, 3, 1, 2), encode=(8, 3), decode=(3, 8))
+    state_dict = weights_of(conv=(2, 1, 3, 3), encode=(3, 8), decode=(8, 3))
+    notes = convert.from_torch(state_dict, variables).report.notes
+    assert any("encode has 8 inputs" in note for note in notes)
+
+
+def test_long_names_are_shown_whole():
+    path = "/".join(["stage", "block"] * 12) + "/end"
+    state_dict = torch_linears(path.replace("/", "."))
+    variables = {"params": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    for name in reversed(path.split("/")):
+        variables["params"] = {name: variables["params"]}
+    assert "…" not in str(convert.from_torch(state_dict, variables).report)
+
+
+def test_the_work_grows_with_the_layers():
+    """And not with their square, by the calls of functions."""
+
+    def calls(n):
+        norms = {f"BatchNorm_{i}": {"scale": jnp.ones(2), "bias": jnp.ones(2)} for i in range(n)}
+        stats = {name: {"mean": jnp.ones(2), "var": jnp.ones(2)} for name in norms}
+        params = {f"Dense_{i}": dense_params("a")["params"]["a"] for i in range(n)}
+        state_dict = {}
+        for i in range(n):
+            state_dict |= torch_linears(f"conv{i}") | norms_of(f"bn{i}")
+        count = 0
+
+        def profile(frame, event, _):
+            nonlocal count
+            count += event == "call" and "convert" in frame.f_code.co_filename
+
+        sys.setprofile(profile)
+        try:
+            convert.from_torch(state_dict, {"params": params | norms, "batch_stats": stats})
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(240) < 4.4 * calls(60)
+
+
+def test_a_guess_to_paste():
+    """A refusal ends with names for all layers that their order does not pair."""
+    variables = dense_params("a", "b", "c")
+    variables["params"] |= kernels_of(d=(3, 4), e=(3, 4))["params"]
+    state_dict = torch_linears("fc2", "mid", "fc1") | weights_of(up2=(4, 3), up1=(4, 3))
+    with pytest.raises(convert.OrderError, match="their numbers say another") as caught:
+        convert.from_torch(state_dict, variables)
+    _, told = str(caught.value).split("A guess by order, to be corrected: names=")
+    names = ast.literal_eval(told)
+    assert names == {"a": "fc2", "b": "mid", "c": "fc1", "d": "up2", "e": "up1"}
+    assert names == pickle.loads(pickle.dumps(caught.value)).names
+    names |= {"a": "fc1", "c": "fc2"}
+    weights = convert.from_torch(state_dict, variables, names=names).weights["params"]
+    np.testing.assert_array_equal(weights["a"]["bias"], state_dict["fc1.bias"])
+    # Equal names that the order would deny are kept, unless by a bare number.
+    variables = dense_params("in_1", "last", "mid")
+    with pytest.raises(convert.OrderError, match="have equal names, but by the order") as caught:
+        convert.from_torch(torch_linears("mid", "in.1", "end"), variables)
+    assert caught.value.names == {"in_1": "in.1", "last": "end", "mid": "mid"}
+    # Many are shown in part.
+    many = list("abcdefghijkl")
+    with pytest.raises(convert.OrderError, match=r", \.\.\.}, all of it in .* names$") as caught:
+        convert.from_torch(torch_linears("z1", "z0", *many), dense_params("y", "x", *many))
+    assert caught.value.names == {"y": "z1", "x": "z0"} | dict(zip(many, many, strict=True))
+    assert "'j': 'j', ...}" in str(caught.value)
+    assert "'k'" not in str(caught.value)
+
+
+def test_numbers_of_layers_that_are_called_in_another_order():
+    """Linen numbers layers as they are made, and init has them as they are called."""
+
+    class Nested(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.relu(nn.Dense(2)(nn.relu(nn.Dense(2)(x)))))
+
+    x, state_dict = draw(3, 2), torch_linears("0", "2", "4")
+    made = Nested().init(jax.random.key(0), x)
+    assert list(made["params"]) == ["Dense_2", "Dense_1", "Dense_0"]
+    variables, _ = convert.from_torch(state_dict, made)
+    expected = x
+    for name in ("0", "2", "4"):
+        expected = expected @ state_dict[f"{name}.weight"].T + state_dict[f"{name}.bias"]
+        expected = expected if name == "4" else np.maximum(expected, 0)
+    y = np.asarray(Nested().apply(variables, x))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="their numbers say another"):  # the user's own numbers
+        convert.from_torch(state_dict, dense_params("fc2", "fc1", "fc0"))
+
+
+class ResidualNet(nnx.Module):
+    """As torch has it, but for the Sequential."""
+
+    def __init__(self, rngs, norm="bn1"):
+        self.conv1 = nnx.Conv(1, 2, (3, 3), use_bias=False, rngs=rngs)
+        setattr(self, norm, jbn.nnx.BatchNorm(2, rngs=rngs))
+        blocks = []
+        for _ in range(2):
+            block = nnx.Module()
+            for i in (1, 2):
+                conv = nnx.Conv(2, 2, (3, 3), use_bias=False, rngs=rngs)
+                setattr(block, f"conv{i}", conv)
+                setattr(block, f"bn{i}", jbn.nnx.BatchNorm(2, rngs=rngs))
+            blocks.append(block)
+        self.layer1 = nnx.Sequential(*blocks)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_short_names(prefix):
+    """Without the `layers` of a Sequential, and what all names of one side begin with."""
+    state_dict = {f"{prefix}conv1.weight": draw(2, 1, 3, 3)} | norms_of(f"{prefix}bn1")
+    for block, i in itertools.product((0, 1), (1, 2)):
+        name = f"{prefix}layer1.{block}"
+        state_dict |= {f"{name}.conv{i}.weight": draw(2, 2, 3, 3)} | norms_of(f"{name}.bn{i}")
+    state, report = convert.from_torch(state_dict, nnx.state(ResidualNet(nnx.Rngs(0))))
+    assert {row.matched for row in report.used} == {"equal names"}
+    np.testing.assert_array_equal(
+        state["layer1"]["layers"][1]["bn2"]["mean"][...],
+        state_dict[f"{prefix}layer1.1.bn2.running_mean"],
+    )
+    with pytest.raises(convert.OrderError, match="as NNX sorts them: pair") as caught:
+        convert.from_torch(state_dict, nnx.state(ResidualNet(nnx.Rngs(0), norm="stem")))
+    assert "init" not in str(caught.value)
+    guess = {
+        f"layer1/layers/{b}/bn{i}": f"{prefix}layer1.{b}.bn{i}" for b in (0, 1) for i in (1, 2)
+    }
+    assert caught.value.names == guess | {"stem": f"{prefix}bn1"}
+
+
+def test_short_names_that_are_equal_by_accident():
+    """Bare numbers, where torch counts the activations: the order decides, as without them."""
+    variables = dense_params("layers_0", "layers_1", "layers_2")
+    state_dict = torch_linears("0", "2", "4")
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    np.testing.assert_array_equal(weights["layers_2"]["bias"], state_dict["4.bias"])
+    # A name that is equal as a whole goes before one that is so in short.
+    variables = dense_params("fc", "layers_0_fc", "0_fc")
+    state_dict = torch_linears("fc", "0.fc", "layers.0.fc")
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    np.testing.assert_array_equal(weights["0_fc"]["bias"], state_dict["0.fc.bias"])
+
+
+def test_equal_names_of_layers_that_do_not_fit():
+    """As where jbn's layer holds the activation that torch counts: then the order decides."""
+    norm = {"scale": jnp.ones(2), "bias": jnp.ones(2)}
+    dense = dense_params("a")["params"]["a"]
+    variables = {
+        "params": {"fs": {"0": dense, "1": norm, "2": dense, "3": norm}},
+        "batch_stats": {"fs": {i: {"mean": jnp.ones(2), "var": jnp.ones(2)} for i in "13"}},
+    }
+    state_dict = torch_linears("fs.0") | norms_of("fs.1") | torch_linears("fs.3") | norms_of("fs.4")
+    weights = convert.from_torch(state_dict, variables).weights
+    np.testing.assert_array_equal(weights["params"]["fs"]["2"]["bias"], state_dict["fs.3.bias"])
+    mean = weights["batch_stats"]["fs"]["3"]["mean"]
+    np.testing.assert_array_equal(mean, state_dict["fs.4.running_mean"])
+    with pytest.raises(ValueError, match=r"fc .*does not fit fc .*matched by equal names"):
+        convert.from_torch(weights_of(fc=(3, 2), b=(2, 2)), kernels_of(fc=(2, 2), b=(2, 3)))
+
+
+def test_an_order_that_a_long_list_of_nnx_hides():
+    """NNX sorts the layers of a list by their numbers, and all else by name."""
+    model = nnx.Module()
+    for name in ("stem", "down", "mid"):
+        setattr(model, name, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    layers = [nnx.Linear(2, 3, rngs=nnx.Rngs(0)) for _ in range(12)]
+    setattr(model, "layers", nnx.List(layers))  # noqa: B010
+    state_dict = torch_linears("a", "b", "c")
+    for i in range(12):
+        state_dict |= {f"layers.{i}.weight": draw(3, 2), f"layers.{i}.bias": draw(3)}
+    with pytest.raises(convert.OrderError, match="order of down, mid, stem"):
+        convert.from_torch(state_dict, nnx.state(model))
+
+
+def notes_of(variables, state_dict, **options):
+    return convert.from_torch(state_dict, variables, **options).report.notes
+
+
+def test_square_transposed_convolutions_of_any_name():
+    variables = kernels_of(ConvTranspose_0=(4, 4, 3, 3))
+    (note,) = notes_of(variables, weights_of(a=(3, 3, 4, 4)))
+    assert "give transpose_kernel={'ConvTranspose_0': True}" in note
+    options = {"transpose_kernel": {"ConvTranspose_0": False}}
+    assert not notes_of(variables, weights_of(a=(3, 3, 4, 4)), **options)
+    # By an even kernel, and by the kernel of a ConvTranspose that its features tell.
+    (note,) = notes_of(kernels_of(a=(4, 4, 3, 3)), weights_of(a=(3, 3, 4, 4)))
+    assert "give transpose_kernel={'a': False}, or True" in note
+    told = kernels_of(a=(3, 3, 2, 5), b=(3, 3, 5, 5)), weights_of(a=(2, 5, 3, 3), b=(5, 5, 3, 3))
+    (note,) = notes_of(*told)
+    assert note.startswith("b and b are taken as a Conv")
+    assert not notes_of(kernels_of(b=(3, 3, 5, 5)), weights_of(b=(5, 5, 3, 3)))
+
+
+def test_outputs_that_are_viewed_as_an_image():
+    """By torch as (C, H, W), as in a generator; where they are as many as the inputs, as in SE."""
+    variables = kernels_of(fc=(2, 12), up=(3, 3, 3, 2))
+    (note,) = notes_of(variables, weights_of(fc=(12, 2), up=(3, 2, 3, 3)))
+    assert "fc has 12 outputs, a multiple of the 3 inputs of up" in note
+    # What it says to do, here of a bias.
+    v, (c, h, w) = draw(12), (3, 2, 2)
+    expected = channels_last(v.reshape(1, c, h, w)).reshape(-1)
+    (formula,) = re.findall(r"v\.reshape\(C.*?v\.shape\)", note)
+    flax = eval(formula, {"v": v, "C": c, "H": h, "W": w})
+    np.testing.assert_array_equal(flax, expected)
+    for outputs, inputs in ((3, 3), (12, 1), (12, 5)):
+        variables = kernels_of(fc=(2, outputs), up=(3, 3, inputs, 2))
+        assert not notes_of(variables, weights_of(fc=(outputs, 2), up=(inputs, 2, 3, 3)))
+    # Not where another layer is next, in the one order that is known: torch's, or Flax's.
+    variables = kernels_of(up=(3, 3, 3, 2), fc=(2, 12), z=(12, 3))
+    state_dict = weights_of(up=(3, 2, 3, 3), fc=(12, 2), z=(3, 12))
+    assert not notes_of(jax.tree.map(lambda v: v, variables), state_dict)
+    assert not notes_of(variables, dict(sorted(state_dict.items())))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_batch_norm_of_a_flatten(given):
+    params = {
+        **kernels_of(conv=(3, 3, 1, 4))["params"],
+        "bn": {"scale": jnp.ones(24), "bias": jnp.ones(24)},
+        **kernels_of(fc=(24, 7))["params"],
+    }
+    stats = {"bn": {"mean": jnp.ones(24), "var": jnp.ones(24)}}
+    variables = {"params": params, "batch_stats": stats}
+    state_dict = weights_of(conv=(4, 1, 3, 3)) | draw_batch_norm(24, "bn.") | weights_of(fc=(7, 24))
+    options = {"flattened": {"fc": (4, 3, 2)}} if given else {}
+    notes = notes_of(variables, state_dict, **options)
+    assert sum("bn may be between a flatten and fc" in note for note in notes) == 1
+    assert any("give flattened={'fc'" in note for note in notes) != given
+
+
+@pytest.mark.parametrize("kind", ["params", "collection", "nnx"])
+def test_variables_without_statistics(kind):
+    state_dict = {**CONV, **BN}
+    made = ConvNorm().init(jax.random.key(0), draw(1, 5, 5, 2))
+    variables = {
+        "params": made["params"],
+        "collection": {"params": made["params"]},
+        "nnx": nnx.state(Network(nnx.Rngs(0)), nnx.Param),
+    }[kind]
+    with pytest.raises(ValueError, match=r"running statistics, of n first.*params and batch_stats"):
+        convert.from_torch(state_dict, variables)

@@ -1,5 +1,6 @@
 """What is told of the layers of a model: `jbn.linen.report` and `jbn.nnx.report`."""
 
+import functools
 import io
 import json
 
@@ -232,3 +233,14 @@ def test_useless_biases(kind):
     assert told == dict.fromkeys("cdefg", (None, 0)) | useless
     words = "the bias of pair changes nothing: use_bias=False saves 6 parameters"
     assert [words in row.findings for row in found.rows] == [row.layer == "b" for row in found.rows]
+
+
+def test_what_is_not_finite_is_found():
+    variables = {"params": {"scale": jnp.array([1, jnp.nan, 1])}, "batch_stats": STATS["first"]}
+    variables["params"]["bias"] = jnp.zeros(3)
+    variables = jax.tree.map(jnp.asarray, variables)
+    variables["batch_stats"]["var"] = jnp.full(3, jnp.nan)
+    train = functools.partial(jbn.linen.BatchNorm().apply, use_running_average=False)
+    (row,) = jbn.linen.report(train, variables, [X[:, :3]]).rows
+    assert "running statistics are off: calibrate" in row.findings
+    assert "scales that are not finite: 1" in row.findings

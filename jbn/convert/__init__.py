@@ -6,7 +6,17 @@ norm themselves is in docs/migrating.md.
 """
 
 from jbn.convert._keras import from_keras, to_keras
+from jbn.convert._order import OrderError
 from jbn.convert._report import Converted, Report, Row
 from jbn.convert._torch import from_torch, to_torch
 
-__all__ = ["Converted", "Report", "Row", "from_keras", "from_torch", "to_keras", "to_torch"]
+__all__ = [
+    "Converted",
+    "OrderError",
+    "Report",
+    "Row",
+    "from_keras",
+    "from_torch",
+    "to_keras",
+    "to_torch",
+]

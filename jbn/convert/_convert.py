@@ -1,7 +1,7 @@
 """What both frameworks share: from paired layers to the weights of either side, and the report."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn import _axes
-from jbn.convert import _flax, _match
+from jbn.convert import _flax, _match, _order
 from jbn.convert._flax import Layer
-from jbn.convert._match import Moves, Pair, Source
+from jbn.convert._pairs import Moves, Pair, Source
 from jbn.convert._report import Converted, Report, Row
 
 NOT_FLOATING = "not a floating point parameter or statistic"
 UPSAMPLING = re.compile("(^|[^a-z])up|deconv|transpos")  # in the name of a layer
+LINENS_CONV = re.compile(r"(.*/)?Conv_\d+")  # Linen's own name for one
 
 
 def pair_layers(
@@ -37,12 +38,9 @@ def pair_layers(
     by_name = {source.name: source for source in sources}
     left = dict.fromkeys(_flax.other_entries(variables), NOT_FLOATING)
     left |= _match.split_left(leave, layers, by_name)
-    sides = [
-        side
-        for side, known in ((_match.FLAX, _flax.is_sorted(variables)), (_match.SOURCE, is_sorted))
-        if known
-    ]
-    pairs = _match.match(layers, by_name, moves, names or {}, sides)
+    _check_statistics(layers.values(), by_name.values())
+    orders = _order.of_flax(variables), _order.of_source(by_name, is_sorted=is_sorted)
+    pairs = _match.match(layers, by_name, moves, names or {}, orders)
     for layer, source, used, _ in pairs:
         for move in used:
             value = source.arrays[move.source]
@@ -52,7 +50,7 @@ def pair_layers(
                     f"{layer} takes floating point numbers: give it dequantized, or name the "
                     "layer in leave."
                 )
-        unused = source.entries.keys() - {move.source for move in used}
+        unused = source.arrays.keys() - {move.source for move in used}
         left |= {
             source.entries[role]: "the Flax layer keeps no count of updates, as it would with "
             "momentum=None"
@@ -60,6 +58,20 @@ def pair_layers(
         }
     order = {path: i for i, path in enumerate(layers)}
     return sorted(pairs, key=lambda pair: order[pair.layer.path]), left
+
+
+def _check_statistics(layers: Iterable[Layer], sources: Iterable[Source]) -> None:
+    """Checks that Flax has running statistics if the source has."""
+    norms = [
+        source.name for source in sources if any(role.endswith("_mean") for role in source.arrays)
+    ]
+    if norms and not any("mean" in layer.arrays for layer in layers):
+        raise ValueError(
+            f"the source has running statistics, of {norms[0] or 'the model'} first, and the "
+            "variables have none: pass all of a Linen model's, params and batch_stats, or "
+            "nnx.state(model) of an NNX model. If the model has no batch norm, name that of the "
+            "source in leave."
+        )
 
 
 def check_mappings(**options: Any) -> None:
@@ -85,9 +97,7 @@ def into_flax(
             entry = source.entries[move.source]
             value = source.arrays[move.source]
             check_value(source.name, entry, value, is_variance=move.role == "var")
-            value, note = _match.cast(
-                move.forward(value), np.dtype(layer.arrays[move.role].dtype), entry
-            )
+            value, note = cast(move.forward(value), np.dtype(layer.arrays[move.role].dtype), entry)
             rounded += [note] if note else []
             values.setdefault(layer.path, {})[move.role] = jnp.asarray(value)
     weights = _flax.replace(variables, values)
@@ -109,13 +119,29 @@ def out_of_flax(
                 raise TypeError(f"{ours} has a shape but no values: pass trained variables.")
             value = np.asarray(layer.arrays[move.role])
             check_value(layer.path, ours, value, is_variance=move.role == "var")
-            value, note = _match.cast(
+            value, note = cast(
                 move.backward(value), np.dtype(source.arrays[move.source].dtype), ours
             )
             rounded += [note] if note else []
             # Not a view of the variables, and in C order: torch.tensor takes no mirrored view.
             weights[entry] = np.array(value, order="C")
     return Converted(weights, _report(framework, pairs, left, lambda _: {}, (*notes, *rounded)))
+
+
+def cast(value: np.ndarray, dtype: Any, name: str) -> tuple[np.ndarray, str]:
+    """The value in another dtype, and a note if that changed it."""
+    if value.dtype == dtype:
+        return value, ""
+    with np.errstate(over="ignore"):
+        result = value.astype(dtype)
+    if not np.isfinite(result).all():
+        raise ValueError(
+            f"{name} is too large for {np.dtype(dtype).name}: its numbers go up to "
+            f"{np.abs(value).max():g} in {value.dtype.name}. Give the layer a wider param_dtype."
+        )
+    if (result.astype(value.dtype) == value).all():
+        return result, ""
+    return result, f"{name} was rounded from {value.dtype.name} to {np.dtype(dtype).name}."
 
 
 def check_value(layer: str, entry: str, value: np.ndarray, *, is_variance: bool) -> None:
@@ -170,16 +196,46 @@ def _doubts(pairs: Sequence[Pair]) -> Iterator[str]:
             f"if they are defined and called in different orders: {', '.join(by_order)}. Check "
             "them, or give names."
         )
-    for layer, source, _, _ in pairs:
-        name = f"{layer.path} and {source.name}"
-        if layer.kind == "Conv" and not source.kind and UPSAMPLING.search(name.lower()):
-            *_, inputs, outputs = layer.arrays["kernel"].shape
-            if inputs == outputs:
-                yield (
-                    f"{name} are taken as a Conv, since with {inputs} inputs and outputs they look "
-                    "as one. If they are a ConvTranspose, give "
-                    f"transpose_kernel={{{layer.path!r}: False}}, or True as the layer has it."
-                )
+    transposed = {_size(p) for p in pairs if any(move.is_transposed for move in p.moves)}
+    for pair in pairs:
+        name = " and ".join(pair.names)
+        if _may_be_transposed(pair, transposed):
+            yield (
+                f"{name} are taken as a Conv, since with as many inputs as outputs they look as "
+                "one. If they are a ConvTranspose, give "
+                f"transpose_kernel={{{pair.layer.path!r}: False}}, or True as the layer has it."
+            )
+        elif pair.layer.kind == "ConvTranspose" and pair.layer.is_default and _is_square(pair):
+            yield (
+                f"{name} are taken as a ConvTranspose of transpose_kernel=False, Flax's default. "
+                "With as many inputs as outputs they fit the other setting too: if the layer has "
+                f"it, give transpose_kernel={{{pair.layer.path!r}: True}}."
+            )
+
+
+def _may_be_transposed(pair: Pair, sizes: Container[tuple[int, ...]]) -> bool:
+    """Whether what was taken as a Conv may be a ConvTranspose.
+
+    Names may say so. If neither they nor the source's kind say that it is none, so may the size of
+    the kernel: an even one, or one of `sizes`, those of the ConvTransposes that were told.
+    """
+    if pair.layer.kind != "Conv" or pair.source.kind or not _is_square(pair):
+        return False
+    if UPSAMPLING.search(" ".join(pair.names).lower()):
+        return True
+    is_even = all(n % 2 == 0 for n in _size(pair))
+    return not LINENS_CONV.fullmatch(pair.layer.path) and (is_even or _size(pair) in sizes)
+
+
+def _size(pair: Pair) -> tuple[int, ...]:
+    """That of a kernel, without its features."""
+    return tuple(pair.layer.arrays["kernel"].shape[:-2])
+
+
+def _is_square(pair: Pair) -> bool:
+    """Whether a kernel has as many inputs as outputs."""
+    *_, a, b = pair.layer.arrays["kernel"].shape
+    return a == b
 
 
 def _check_concrete(weights: Any) -> None:

@@ -21,11 +21,13 @@ class Layer:
         path: its place, without the collection: `"block/Conv_0"`.
         arrays: its arrays or their `jax.ShapeDtypeStruct`, by role: kernel, bias, scale, ...
         transpose_kernel: the argument of a ConvTranspose; None for a layer not known as one.
+        is_default: whether that is Flax's default, and was not given.
     """
 
     path: str
     arrays: dict[str, Any]
     transpose_kernel: bool | None = None
+    is_default: bool = False
 
     @property
     def kind(self) -> str:
@@ -71,27 +73,46 @@ def read_layers(variables: Any, transpose_kernel: Mapping[str, bool]) -> dict[st
     if unknown:
         raise ValueError(f"transpose_kernel names {unknown[0]!r}, but {known_names(arrays)}.")
     return {
-        path: Layer(path, roles, transpose_kernel.get(path, _default_transpose_kernel(path)))
+        path: Layer(path, roles, transpose_kernel[path])
+        if path in transpose_kernel
+        else Layer(path, roles, _default_transpose_kernel(path), is_default=True)
         for path, roles in arrays.items()
     }
+
+
+def is_nnx(variables: Mapping[Any, Any]) -> bool:
+    """Whether they are without Linen's collections."""
+    return not any(name in variables for name in COLLECTIONS)
+
+
+def collections(variables: Mapping[Any, Any]) -> list[Any]:
+    """The trees of Linen's collections, or the one of NNX."""
+    return [variables[name] for name in COLLECTIONS if name in variables] or [variables]
 
 
 def is_sorted(variables: Any) -> bool:
     """Whether all names are in alphabetical order, in which JAX and NNX put them.
 
-    A model's `init` gives the order in which it makes them: kernel, then bias.
+    A model's `init` gives the order in which it makes them: kernel, then bias. NNX has the layers
+    of a list by their numbers.
     """
     if not isinstance(variables, Mapping):
         return True
-    names = [str(name) for name in variables if name not in COLLECTIONS]
-    return names == sorted(names) and all(map(is_sorted, variables.values()))
+    names = [name for name in variables if name not in COLLECTIONS]
+    ordered = sorted(names, key=lambda name: (isinstance(name, str), name))
+    return names == ordered and all(map(is_sorted, variables.values()))
+
+
+def child(tree: Any, name: str) -> Any:
+    """What a tree has by this name; nothing if it has none."""
+    return next((child for key, child in tree.items() if str(key) == name), {})
 
 
 def other_entries(variables: Any) -> list[str]:
     """Names of what is not a floating point parameter or statistic, such as the state of rngs."""
     return [
         "/".join(path)
-        for path, leaf in _walk(variables)
+        for path, leaf in walk(variables)
         if _strip(path, variables) is None or not is_float(_value(leaf))
     ]
 
@@ -147,7 +168,7 @@ def _leaves(variables: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Paths without the collection, and leaves."""
     # Parameters first: not all layers have statistics.
     first = {name: variables[name] for name in COLLECTIONS if name in variables}
-    for path, leaf in _walk({**first, **variables}):
+    for path, leaf in walk({**first, **variables}):
         stripped = _strip(path, variables)
         if stripped is not None:
             yield stripped, leaf
@@ -155,12 +176,12 @@ def _leaves(variables: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _strip(path: tuple[str, ...], variables: Any) -> tuple[str, ...] | None:
     """The path without Linen's collection; None for collections not converted."""
-    if not any(name in variables for name in COLLECTIONS):
+    if is_nnx(variables):
         return path
     return path[1:] if path[0] in COLLECTIONS else None
 
 
-def _walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Leaves in the order in which the model made them, as far as that is known.
 
     `model.init` keeps that order. `jax.jit` and `jax.eval_shape` sort by name, whence the numbers
@@ -172,4 +193,4 @@ def _walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
     children = {str(key): child for key, child in tree.items()}
     names = list(children)
     for name in sorted(names, key=natural) if names == sorted(names) else names:
-        yield from _walk(children[name], (*path, name))
+        yield from walk(children[name], (*path, name))

@@ -9,7 +9,7 @@ import numpy as np
 
 from jbn.convert import _convert, _keras_files
 from jbn.convert._flax import Layer
-from jbn.convert._match import Move, Pair, Source
+from jbn.convert._pairs import Move, Pair, Source
 from jbn.convert._report import Converted
 
 WITH_KERNEL = {"kernel": "kernel", "bias": "bias"}
@@ -83,6 +83,7 @@ def from_keras(
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OrderError: if the order of layers does not pair them. A ValueError; `names` is a guess.
         TypeError, ValueError: if a layer of either side is without its equal, in number, shape or
             kind, holds NaN or infinities or a negative variance, or if the file is truncated or
             foreign.
@@ -214,7 +215,8 @@ def _kernels(layer: Layer, source: Source, role: str) -> list[Move]:
     same = Move("kernel", role)
     if layer.kind == "Dense":
         return [same]
-    mirrored = Move("kernel", role, _mirror, _mirror, "(*K, O, I) to (*K, I, O), mirrored along K")
+    layout = "(*K, O, I) to (*K, I, O), mirrored along K"
+    mirrored = Move("kernel", role, _mirror, _mirror, layout, is_transposed=True)
     depthwise = _depthwise(source, role)
     if source.kind == "DepthwiseConv":
         return [depthwise]

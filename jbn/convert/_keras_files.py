@@ -21,7 +21,7 @@ import numpy as np
 
 from jbn import _files
 from jbn.convert import _flax
-from jbn.convert._match import Source
+from jbn.convert._pairs import Source
 
 SUFFIXES = (".h5", ".hdf5", ".keras")
 INNER = "model.weights.h5"  # in a .keras archive

@@ -1,98 +1,17 @@
-"""Which layer of the other framework belongs to which of Flax, and which array to which."""
+"""Which layer of the other framework belongs to which of Flax."""
 
 import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from jbn import _axes
-from jbn.convert._flax import Layer, describe_arrays, is_float, known_names, natural
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A layer of the other framework.
-
-    Attributes:
-        name: its name there.
-        arrays: its arrays by role, in that framework's words: weight, running_var, gamma, ...
-        entries: the full name of each.
-        kind: its class there, if known.
-        config: its arguments there, if known.
-    """
-
-    name: str
-    arrays: dict[str, np.ndarray]
-    entries: dict[str, str]
-    kind: str = ""
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """Name and arrays, for messages."""
-        kind = f"{self.kind}: " if self.kind else ""
-        return f"{self.name or 'the model'} ({kind}{describe_arrays(self.arrays)})"
-
-
-def _same(value: np.ndarray) -> np.ndarray:
-    return value
-
-
-class Move(NamedTuple):
-    """How one array goes over.
-
-    Attributes:
-        role: in Flax.
-        source: the role in the other framework.
-        forward: from there to Flax; returns an array of the same elements.
-        backward: the inverse.
-        layout: in words.
-    """
-
-    role: str
-    source: str
-    forward: Callable[[np.ndarray], np.ndarray] = _same
-    backward: Callable[[np.ndarray], np.ndarray] = _same
-    layout: str = ""
-
-
-class Pair(NamedTuple):
-    """Two layers that are the same."""
-
-    layer: Layer
-    source: Source
-    moves: Sequence[Move]
-    matched: str
-
-
-Moves = Callable[[Layer, Source], Iterable[Sequence[Move]]]
-STATISTICS = {"mean", "var", "count"}
-OPTIONAL = ("num_batches_tracked",)
-FLAX, SOURCE = 0, 1  # the two sides
-SORTED = {
-    FLAX: "the variables are sorted by name, as jax.eval_shape, jax.jit and NNX sort them (pass "
-    "what a Linen model's init returns)",
-    SOURCE: "the source is sorted by name, as safetensors and some files of Keras are",
-}
-
-
-def fitting(layer: Layer, source: Source, moves: Moves) -> Sequence[Move] | None:
-    """The first of the ways to convert the layer that fits, every array being used."""
-    for candidate in moves(layer, source):
-        used = [move.source for move in candidate]
-        surplus = source.arrays.keys() - set(used) - set(OPTIONAL)
-        if (
-            not surplus
-            and len(set(used)) == len(used)
-            and source.arrays.keys() >= set(used)
-            and {move.role for move in candidate} == layer.arrays.keys()
-            and all(_fits(move, layer, source) for move in candidate)
-        ):
-            return candidate
-    return None
+from jbn.convert import _order
+from jbn.convert._flax import Layer, known_names
+from jbn.convert._order import Order
+from jbn.convert._pairs import OPTIONAL, Move, Moves, Pair, Source, fitting
 
 
 def match(
@@ -100,99 +19,48 @@ def match(
     sources: Mapping[str, Source],
     moves: Moves,
     names: Mapping[str, str],
-    sorted_sides: Collection[int],
+    orders: tuple[Order, Order],
 ) -> list[Pair]:
     """Pairs all layers: as `names` says, then by equal names, then by order of appearance.
 
-    An order that the names or the other layers speak against is refused.
+    An order that is not known, or that the names or the other layers deny, is refused.
 
     Args:
         layers: of Flax, by path.
         sources: by name.
         moves: how a layer can be converted.
         names: from the path of a layer to the name of its source.
-        sorted_sides: those of `FLAX` and `SOURCE` whose order is that of their names.
+        orders: what is known of the order of the layers, and of the sources.
     """
-    pairs = []
-    for matched, table in (("names", names), ("equal names", _equal_names(layers, sources, names))):
-        for path, name in table.items():
-            layer, source = _named(path, layers, "Flax"), _named(name, sources, "source")
-            fit = fitting(layer, source, moves)
-            if fit is None:
-                raise ValueError(
-                    f"{layer} does not fit {source}: {_difference(layer, source, moves)}. "
-                    f"The two are matched by {matched}."
-                )
-            pairs.append(Pair(layer, source, fit, matched))
-    given = [pair.source.name for pair in pairs]
-    if len(set(given)) < len(given):
-        twice = next(name for name in given if given.count(name) > 1)
-        paths = [pair.layer.path for pair in pairs if pair.source.name == twice]
-        raise ValueError(f"names give {twice!r} to several Flax layers: {', '.join(paths)}.")
+    given = [
+        _pair(_named(path, layers, "Flax"), _named(name, sources, "source"), moves, "names")
+        for path, name in names.items()
+    ]
+    _check_twice(given)
+    equal = _by_equal_names(layers, sources, moves, names)
     # Equal names may be so by accident, as layers.2 of torch and layers_2 of Flax, where torch
     # counts activations too. Among layers that are not all so named, the order must confirm them.
-    done = {pair.layer.path for pair in pairs}
+    done = {pair.layer.path for pair in given + equal}
     doubtful = {_alike(layer) for path, layer in layers.items() if path not in done}
-    unsure = {
-        pair.layer.path: pair.source.name
-        for pair in pairs
-        if pair.matched == "equal names" and _alike(pair.layer) in doubtful
-    }
-    pairs = [pair for pair in pairs if pair.layer.path not in unsure]
-    done, taken = {pair.layer.path for pair in pairs}, {pair.source.name for pair in pairs}
-    by_order = _by_order(
+    sure = given + [pair for pair in equal if _alike(pair.layer) not in doubtful]
+    unsure = dict(
+        pair.names for pair in equal if _alike(pair.layer) in doubtful and not _is_vague(pair)
+    )
+    done, taken = {pair.layer.path for pair in sure}, {pair.source.name for pair in sure}
+    groups = _by_order(
         [layer for path, layer in layers.items() if path not in done],
         [source for name, source in sources.items() if name not in taken],
         moves,
-        sorted_sides,
     )
-    ordered = {pair.layer.path: pair.source.name for pair in by_order}
-    for path, name in unsure.items():
-        if ordered[path] != name:
-            raise ValueError(
-                f"{path} and {name} have equal names, but by the order of the layers of that kind "
-                f"and shape it is {ordered[path]}, and not all of these have equal names: pair "
-                "them in names."
-            )
-    _check_crossings(pairs + by_order, layers, sources, sorted_sides)
-    return pairs + by_order
-
-
-def cast(value: np.ndarray, dtype: Any, name: str) -> tuple[np.ndarray, str]:
-    """The value in another dtype, and a note if that changed it."""
-    if value.dtype == dtype:
-        return value, ""
-    with np.errstate(over="ignore"):
-        result = value.astype(dtype)
-    if not np.isfinite(result).all():
-        raise ValueError(
-            f"{name} is too large for {np.dtype(dtype).name}: its numbers go up to "
-            f"{np.abs(value).max():g} in {value.dtype.name}. Give the layer a wider param_dtype."
-        )
-    if (result.astype(value.dtype) == value).all():
-        return result, ""
-    return result, f"{name} was rounded from {value.dtype.name} to {np.dtype(dtype).name}."
-
-
-def as_array(name: str, value: Any) -> np.ndarray:
-    """One entry of a source as a NumPy array of numbers."""
-    if isinstance(value, Mapping):
-        raise TypeError(
-            f"the entry {name!r} is itself a mapping: pass the one that holds arrays, such as "
-            f"checkpoint[{name!r}]."
-        )
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"the entry {name!r} cannot be a NumPy array ({error}): convert it first, a tensor of "
-            "torch with tensor.detach().float().cpu().numpy()."
-        ) from None
-    if array.dtype.kind not in "fiubV" or (array.dtype.kind == "V" and not is_float(array)):
-        raise TypeError(
-            f"the entry {name!r} must be an array of numbers, got {_axes.describe(value)}."
-        )
-    return array
+    refused = list(_order.objections([[pair] for pair in sure] + groups, orders))
+    refused += _order_against_names(groups, unsure)
+    if refused:
+        _, reason = refused[0]
+        guess: dict[str, str] = {}
+        for group, _ in refused:
+            guess |= _guess(group, unsure)
+        raise _order.error(reason, guess)
+    return sure + [pair for group in groups for pair in group]
 
 
 def split_left(
@@ -206,7 +74,20 @@ def split_left(
         within = re.compile(re.escape(name) + r"($|[./])")
         flax = [path for path in layers if within.match(path)]
         theirs = [other for other in sources if within.match(other)]
-        if not flax and not theirs:
+        entries = [
+            (other, role)
+            for other, source in sources.items()
+            for role, entry in source.entries.items()
+            if entry == name
+        ]
+        for other, role in entries:  # a single one, such as a parameter of the whole model
+            source = sources[other]
+            kept = {key: value for key, value in source.arrays.items() if key != role}
+            sources[other] = dataclasses.replace(source, arrays=kept)
+            left[name] = "leave"
+            if not kept:
+                del sources[other]
+        if not flax and not theirs and not entries:
             raise ValueError(
                 f"leave names {name!r}, which is no layer: in Flax {known_names(layers)}, "
                 f"in the source {known_names(sources)}."
@@ -224,25 +105,116 @@ def _named(name: str, table: Mapping[str, Any], side: str) -> Any:
     return table[name]
 
 
-def _equal_names(
-    layers: Mapping[str, Layer], sources: Mapping[str, Source], names: Mapping[str, str]
-) -> dict[str, str]:
-    """Layers whose names are equal but for the separators."""
-    paths = _by_plain_name(path for path in layers if path not in names)
-    theirs = _by_plain_name(name for name in sources if name not in names.values())
-    return {
-        path: theirs[plain][0]
-        for plain, (path, *more) in paths.items()
-        if not more and len(theirs.get(plain, ())) == 1
-    }
+def _pair(layer: Layer, source: Source, moves: Moves, matched: str) -> Pair:
+    """Pairs two layers that shall belong together."""
+    fit = fitting(layer, source, moves)
+    if fit is None:
+        raise ValueError(
+            f"{layer} does not fit {source}: {_difference(layer, source, moves)}. The two are "
+            f"matched by {matched}."
+        )
+    return Pair(layer, source, fit, matched)
 
 
-def _by_plain_name(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that are the same without their separators."""
-    table: dict[str, list[str]] = {}
+def _check_twice(pairs: Sequence[Pair]) -> None:
+    paths: dict[str, list[str]] = {}
+    for pair in pairs:
+        paths.setdefault(pair.source.name, []).append(pair.layer.path)
+    for name, several in paths.items():
+        if len(several) > 1:
+            raise ValueError(f"names give {name!r} to several Flax layers: {', '.join(several)}.")
+
+
+def _by_equal_names(
+    layers: Mapping[str, Layer],
+    sources: Mapping[str, Source],
+    moves: Moves,
+    names: Mapping[str, str],
+) -> list[Pair]:
+    """Pairs layers whose names are equal but for separators, then those whose short names are.
+
+    Those that do not fit and may be equal by accident are left: short names, and names that end in
+    a bare number, which differs where one side counts activations.
+    """
+    pairs: list[Pair] = []
+    short = functools.partial(_short, _shared(layers)), functools.partial(_short, _shared(sources))
+    for plain, plain_source in ((_plain, _plain), short):
+        done = {*names, *(pair.layer.path for pair in pairs)}
+        taken = {*names.values(), *(pair.source.name for pair in pairs)}
+        ours = _unique(plain, (path for path in layers if path not in done))
+        theirs = _unique(plain_source, (name for name in sources if name not in taken))
+        for key in filter(theirs.__contains__, ours):
+            layer, source = layers[ours[key]], sources[theirs[key]]
+            may_differ = plain is not _plain or key[-1].isdigit()
+            if not may_differ or fitting(layer, source, moves):
+                pairs.append(_pair(layer, source, moves, "equal names"))
+    return pairs
+
+
+def _unique(
+    plain: Callable[[str], tuple[str, ...]], names: Iterable[str]
+) -> dict[tuple[str, ...], str]:
+    """Those of the names by what they are in plain words, where no other is the same."""
+    table: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        table.setdefault(re.sub(r"[./_]", " ", name), []).append(name)
-    return table
+        table.setdefault(plain(name), []).append(name)
+    return {key: name for key, (name, *others) in table.items() if not others}
+
+
+def _plain(name: str) -> tuple[str, ...]:
+    """The words of a name, without the separators."""
+    return tuple(re.split("[./_]", name))
+
+
+def _short(shared: str, name: str) -> tuple[str, ...]:
+    """Its words without what all names begin with, and without the `layers` of a Sequential."""
+    words = _plain(name.removeprefix(shared))
+    return tuple(
+        word
+        for word, after in itertools.zip_longest(words, words[1:], fillvalue="")
+        if word != "layers" or not after.isdigit()
+    )
+
+
+def _shared(names: Iterable[str]) -> str:
+    """The modules that all layers lie in, such as `module.` of torch's DataParallel."""
+    parts = (re.split("(?<=[./])", name)[:-1] for name in names)
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return "".join(column[0] for column in columns)
+
+
+def _is_vague(pair: Pair) -> bool:
+    """Whether their names are equal in short only, and end in a bare number."""
+    words = _plain(pair.source.name)
+    return words[-1].isdigit() and words != _plain(pair.layer.path)
+
+
+def _order_against_names(
+    groups: Iterable[Sequence[Pair]], names: Mapping[str, str]
+) -> Iterator[tuple[Sequence[Pair], str]]:
+    """The groups in which the order is not that of equal names, each with the reason."""
+    for group in groups:
+        for path, name in (pair.names for pair in group):
+            if names.get(path, name) != name:
+                yield (
+                    group,
+                    f"{path} and {names[path]} have equal names, but by the order of the layers of "
+                    f"that kind and shape it is {name}, and not all of these have equal names: "
+                    "pair them in names.",
+                )
+                break
+
+
+def _guess(group: Sequence[Pair], names: Mapping[str, str]) -> dict[str, str]:
+    """The group by equal names where they do not end in a bare number, the others by order."""
+    paths, others = zip(*(pair.names for pair in group), strict=True)
+    kept = {
+        path: names[path]
+        for path in paths
+        if names.get(path) in others and not _plain(names[path])[-1].isdigit()
+    }
+    rest = (name for name in others if name not in kept.values())
+    return {path: kept.get(path) or next(rest) for path in paths}
 
 
 def _alike(layer: Layer) -> tuple[Any, ...]:
@@ -251,114 +223,40 @@ def _alike(layer: Layer) -> tuple[Any, ...]:
     return layer.kind, layer.transpose_kernel, tuple(shapes)
 
 
-def _by_order(
-    layers: list[Layer], sources: list[Source], moves: Moves, sorted_sides: Collection[int]
-) -> list[Pair]:
+def _by_order(layers: list[Layer], sources: list[Source], moves: Moves) -> list[list[Pair]]:
     """Pairs layers of one kind and shape in their order, if there are as many on both sides."""
-    groups: dict[Any, list[Layer]] = {}
+    alike: dict[Any, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(_alike(layer), []).append(layer)
-    pairs, used = [], set()
-    by_name = {source.name: source for source in sources}
-    for group in groups.values():
+        alike.setdefault(_alike(layer), []).append(layer)
+    groups, used = [], set()
+    for group in alike.values():
         # A Conv of 4 to 8 features may have the shape of a ConvTranspose of 8 to 4.
         for ways in (functools.partial(_likely, moves), moves):
-            fits = [s.name for s in sources if fitting(group[0], s, ways) is not None]
+            fits = [source for source in sources if fitting(group[0], source, ways) is not None]
             if len(fits) == len(group):
                 break
         else:
-            raise ValueError(_miscount(group, fits, sources))
-        paths = [layer.path for layer in group]
-        for side, members in ((FLAX, paths), (SOURCE, fits)):
-            steps = _steps(members)
-            if False in steps:
-                raise ValueError(_out_of_order(members, "their numbers say another", paths))
-            if None in steps and side in sorted_sides:
-                raise ValueError(_out_of_order(members, SORTED[side], paths))
-        for layer, name in zip(group, fits, strict=True):
-            # Not the first layer's moves: they may hold its path.
-            fit = fitting(layer, by_name[name], moves)
-            assert fit is not None
-            matched = "order" if len(group) > 1 else "shape"
-            pairs.append(Pair(layer, by_name[name], fit, matched))
-            if name in used:
-                raise ValueError(_twice(by_name[name], pairs))
-            used.add(name)
+            raise ValueError(_miscount(group, [source.name for source in fits], sources))
+        matched = "order" if len(group) > 1 else "shape"
+        # Not the moves of the first layer for all: they may hold its path.
+        pairs = [_pair(*two, moves, matched) for two in zip(group, fits, strict=True)]
+        groups.append(pairs)
+        for source in fits:
+            if source.name in used:
+                raise ValueError(_twice(source, [pair for pairs in groups for pair in pairs]))
+            used.add(source.name)
     surplus = [str(source) for source in sources if source.name not in used]
     if surplus:
         raise ValueError(
             f"no Flax layer fits {'; '.join(surplus[:4])}{' ...' if len(surplus) > 4 else ''}: "
             "add the layers to the model, or name what shall not be converted in leave."
         )
-    return pairs
+    return groups
 
 
 def _likely(moves: Moves, layer: Layer, source: Source) -> Iterable[Sequence[Move]]:
     """The first way to convert a layer."""
     return itertools.islice(moves(layer, source), 1)
-
-
-def _check_crossings(
-    pairs: Sequence[Pair],
-    layers: Mapping[str, Layer],
-    sources: Mapping[str, Source],
-    sorted_sides: Collection[int],
-) -> None:
-    """Checks that pairs by order alone keep their place among all others, of whatever shape.
-
-    Pairs cross if the two models make or call their layers in different orders, as where one has
-    the shortcut of a residual block first, the other last. Where numbers tell the order on both
-    sides pairs may cross others: torch modules often have all convolutions before all batch norms.
-    """
-    # Layers without parameters come last in Linen's variables, wherever they are in the model.
-    ours = [path for path, layer in layers.items() if not layer.arrays.keys() <= STATISTICS]
-    places = ({path: i for i, path in enumerate(ours)}, {name: i for i, name in enumerate(sources)})
-
-    def names(pair: Pair) -> tuple[str, str]:
-        return pair.layer.path, pair.source.name
-
-    def is_before(side: int, pair: Pair, other: Pair) -> bool | None:
-        a, b = names(pair)[side], names(other)[side]
-        if side in sorted_sides:
-            return _is_before_by_number(a, b)
-        return places[side][a] < places[side][b] if {a, b} <= places[side].keys() else None
-
-    by_order = (pair for pair in pairs if pair.matched == "order")
-    for _, members in itertools.groupby(by_order, lambda pair: _alike(pair.layer)):
-        group = list(members)
-        if all(None not in _steps(side) for side in zip(*map(names, group), strict=True)):
-            continue
-        for pair, other in itertools.product(group, pairs):
-            if {is_before(FLAX, pair, other), is_before(SOURCE, pair, other)} == {True, False}:
-                raise ValueError(
-                    f"{pair.layer.path} and {pair.source.name} would be paired by the order of "
-                    "their kind and shape, but the two models have different orders: "
-                    f"{other.layer.path} and {other.source.name} come before them in one, and "
-                    f"after them in the other. Pair {', '.join(p.layer.path for p in group)} in "
-                    "names."
-                )
-
-
-def _steps(names: Sequence[str]) -> list[bool | None]:
-    """For each name, whether its number puts it before the next."""
-    return [_is_before_by_number(*pair) for pair in itertools.pairwise(names)]
-
-
-def _is_before_by_number(name: str, other: str) -> bool | None:
-    """Whether numbers put the first name before the other; None if more tells the two apart."""
-    parts = zip(re.split("[./]", name), re.split("[./]", other), strict=False)
-    first, second = next(((a, b) for a, b in parts if a != b), ("", ""))
-    if first == second or re.sub(r"_?\d+$", "", first) != re.sub(r"_?\d+$", "", second):
-        return None
-    return natural(first) < natural(second)
-
-
-def _out_of_order(names: Sequence[str], why: str, paths: Sequence[str]) -> str:
-    """The message for layers of one kind and shape whose order is not known."""
-    return (
-        f"the order of {', '.join(names)}, of one kind and shape, is not known, as {why}: pair "
-        f"{', '.join(paths)} in names."
-    )
 
 
 def _twice(source: Source, pairs: list[Pair]) -> str:
@@ -395,7 +293,7 @@ def _difference(layer: Layer, source: Source, moves: Moves) -> str:
         if likely and role not in (*OPTIONAL, *(move.source for move in likely)):
             return f"Flax has nothing for {role}{_hint(role, True)}"
     for move in likely:
-        if not _fits(move, layer, source):
+        if not move.fits(layer, source):
             ours, theirs = layer.arrays[move.role], source.arrays[move.source]
             return (
                 f"{move.role} is {_axes.describe(ours)}, and {source.entries[move.source]} "
@@ -413,11 +311,3 @@ def _hint(role: str, use: bool) -> str:
     if role in ("mean", "var"):
         hint = " (a layer with track_running_stats=False keeps none: calibrate the model)"
     return hint
-
-
-def _fits(move: Move, layer: Layer, source: Source) -> bool:
-    try:
-        shape = move.forward(source.arrays[move.source]).shape
-    except ValueError:
-        return False
-    return shape == tuple(layer.arrays[move.role].shape)

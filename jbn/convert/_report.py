@@ -46,17 +46,23 @@ class Report:
 
     def __rich__(self) -> Group:
         """The notes, and tables of what was used and left."""
-        used = Table(self.framework, "Flax", "layout", "matched by", title="used")
+        used = Table(title="used")
+        for header in (self.framework, "Flax", "layout", "matched by"):
+            used.add_column(header, overflow="fold")
         for row in self.used:
             used.add_row(*row)
         parts: list[Any] = [used]
         if self.left:
-            left = Table("entry", "reason", title="left")
+            left = Table(title="left")
+            left.add_column("entry", overflow="fold")
+            left.add_column("reason")
             for item in self.left.items():
                 left.add_row(*item)
             parts.append(left)
         if any(self.arguments.values()):
-            arguments = Table("BatchNorm", "must have", title="arguments")
+            arguments = Table(title="arguments")
+            arguments.add_column("BatchNorm", overflow="fold")
+            arguments.add_column("must have")
             for path, options in self.arguments.items():
                 arguments.add_row(path, ", ".join(f"{k}={v!r}" for k, v in options.items()))
             parts.append(arguments)

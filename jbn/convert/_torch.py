@@ -1,10 +1,11 @@
 """From and to the `state_dict` of torch, without torch."""
 
 import functools
+import itertools
 import math
 import numbers
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from jbn import _axes
 from jbn.convert import _convert, _flax, _match, _safetensors, _torch_layouts
 from jbn.convert._flax import Layer
-from jbn.convert._match import Move, Pair, Source
+from jbn.convert._pairs import Move, Moves, Pair, Source
 from jbn.convert._report import Converted
 
 VARIANCE_IN = (
@@ -23,6 +24,11 @@ VARIANCE_IN = (
 VARIANCE_OUT = (
     "The running variances are written as they are: biased (over n), unless the layers had "
     "unbiased=True, where torch goes on with unbiased ones (over n - 1)."
+)
+
+REORDERED = (
+    "which is v.reshape(C, H, W, -1).transpose(1, 2, 0, 3).reshape(v.shape) of each array v in "
+    "torch."
 )
 
 
@@ -39,15 +45,18 @@ def from_torch(
 ) -> Converted:
     """Loads torch's weights into the variables of a Flax model.
 
-    Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`),
-    and the others by their order of appearance among layers of the same kind and shape; the
-    report says which, and names those that only their order tells apart. The order is that of
-    the state_dict, which is that of the definition, and that of `model.init`. Names that are
-    sorted, as `jax.jit`, `jax.eval_shape`, NNX and safetensors sort them, say it only where
-    numbers tell them apart, Conv_0, ..., Conv_9, Conv_10; others must be given in `names`. So
-    must layers of one shape that are used in another order than they are defined in. That is found
-    where numbers in the names or layers of other shapes show it, but not, say, of two equal
-    branches: check what the report names first, or the output of the model.
+    Layers are paired as `names` says, then by equal names (`block.conv1` and `block/conv1`; the
+    `layers` of a Sequential, and what all names of one side begin with, may be missing), and the
+    others by their order of appearance among layers of the same kind and shape; the report says
+    which, and names those that only their order tells apart. The order is that of the state_dict,
+    which is that of the definition, and that of `model.init`. Names that are sorted, as `jax.jit`,
+    `jax.eval_shape`, NNX and safetensors sort them, say it only where numbers tell them apart,
+    Conv_0, ..., Conv_9, Conv_10. In a sorted template these are taken for the order of the calls,
+    which they are not in `Dense(2)(Dense(4)(x))`: Linen numbers the outer layer first. What is not
+    known, and layers of one shape that are used in another order than they are defined in, must be
+    given in `names`: the error has a guess to correct. The latter is found where numbers in the
+    names or layers of other shapes show it, but not, say, of two equal branches: check what the
+    report names first, or the output of the model.
 
     Layouts, for any number of spatial axes:
 
@@ -72,7 +81,8 @@ def from_torch(
             where its name is not Linen's own (`ConvTranspose_0`, taken as False) and its numbers
             of inputs and outputs are equal, since the layer then looks as a Conv does.
         flattened: by path, the shape (C, H, W) that torch flattens before this Dense layer, where
-            Flax flattens (H, W, C). The report names layers whose inputs suggest it.
+            Flax flattens (H, W, C). The report names layers whose inputs suggest it, and others
+            that a flatten or a view as (C, H, W) may concern.
         epsilon: torch's `eps`, for the report: a state_dict does not hold it.
         momentum: torch's, the weight of the new statistics; the report has Flax's, 1 - momentum.
 
@@ -81,6 +91,7 @@ def from_torch(
         the report.
 
     Raises:
+        OrderError: if the order of layers does not pair them. A ValueError; `names` is a guess.
         TypeError, ValueError: if a layer of either side is without its equal, in number, shape or
             kind, holds NaN or infinities or a negative variance, or if the file is a pickle,
             truncated or foreign.
@@ -128,7 +139,8 @@ def from_torch(
         transpose_kernel=transpose_kernel,
     )
     notes = notes if _convert.batch_norms(pairs) else []
-    notes = [*_unflattened(pairs, flattened or {}), *notes]
+    order = None if is_sorted else sources
+    notes = [*_notes_of_order(pairs, flattened or {}, variables, order), *notes]
 
     def arguments(pair: Pair) -> dict[str, Any]:
         counted = {"momentum": None} if "count" in pair.layer.arrays else {}
@@ -184,8 +196,10 @@ def to_torch(
         left = dict.fromkeys(_flax.other_entries(variables), _convert.NOT_FLOATING)
         left |= _match.split_left(leave, layers, {})
         pairs = _renamed(layers, moves, names or {})
+        order = None
     else:
         sources, is_sorted = _read(like)
+        order = None if is_sorted else sources
         kept = {s.entries[role]: v for s in sources for role, v in s.arrays.items()}
         pairs, left = _convert.pair_layers(
             variables,
@@ -197,7 +211,7 @@ def to_torch(
             transpose_kernel=transpose_kernel,
         )
     notes = [VARIANCE_OUT] if _convert.batch_norms(pairs) else []
-    notes = [*_unflattened(pairs, flattened or {}), *notes]
+    notes = [*_notes_of_order(pairs, flattened or {}, variables, order), *notes]
     weights, report = _convert.out_of_flax("torch", pairs, left, notes)
     weights = kept | weights
     if path is not None:
@@ -218,17 +232,44 @@ def _read(state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[list[
     for entry, value in entries.items():
         name, _, role = str(entry).rpartition(".")
         source = sources.setdefault(name, Source(name, {}, {}))
-        source.arrays[role] = _match.as_array(str(entry), value)
+        source.arrays[role] = _as_array(str(entry), value)
         source.entries[role] = str(entry)
-    # A safetensors file is sorted by dtype and name; torch puts a weight before its bias.
-    is_sorted = is_file or list(entries) == sorted(entries)
+    # A safetensors file, and so what its own loaders return, is sorted by dtype and name; torch
+    # puts a weight before its bias.
+    by_dtype: dict[Any, list[str]] = {}
+    for source in sources.values():
+        for role, value in source.arrays.items():
+            by_dtype.setdefault(value.dtype, []).append(source.entries[role])
+    place = {str(entry): i for i, entry in enumerate(entries)}
+    is_sorted = is_file or all(
+        sorted(names) == sorted(names, key=place.__getitem__) for names in by_dtype.values()
+    )
     order = sorted(sources, key=_flax.natural) if is_sorted else list(sources)
     return [sources[name] for name in order], is_sorted
 
 
-def _renamed(
-    layers: Mapping[str, Layer], moves: _match.Moves, names: Mapping[str, str]
-) -> list[Pair]:
+def _as_array(name: str, value: Any) -> np.ndarray:
+    """One entry of a source as a NumPy array of numbers."""
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"the entry {name!r} is itself a mapping: pass the one that holds arrays, such as "
+            f"checkpoint[{name!r}]."
+        )
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the entry {name!r} cannot be a NumPy array ({error}): convert it first, a tensor of "
+            "torch with tensor.detach().float().cpu().numpy()."
+        ) from None
+    if array.dtype.kind not in "fiubV" or (array.dtype.kind == "V" and not _flax.is_float(array)):
+        raise TypeError(
+            f"the entry {name!r} must be an array of numbers, got {_axes.describe(value)}."
+        )
+    return array
+
+
+def _renamed(layers: Mapping[str, Layer], moves: Moves, names: Mapping[str, str]) -> list[Pair]:
     """Pairs each layer with the torch layer that is made for it."""
     for path in names:
         if path not in layers:
@@ -285,26 +326,79 @@ def _check_flattened(
     return flattened or {}
 
 
-def _unflattened(pairs: Sequence[Pair], flattened: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def _notes_of_order(
+    pairs: Sequence[Pair],
+    flattened: Mapping[str, Sequence[int]],
+    variables: Any,
+    sources: Sequence[Source] | None,
+) -> list[str]:
+    """Notes of layers with features in torch's order of (C, H, W), which is not Flax's.
+
+    `sources` are torch's layers in the order of the model, None if that is not known.
+    """
+    is_ordered = not _flax.is_sorted(variables)
+    orders = [pairs] if is_ordered else []
+    if sources is not None:
+        place = {source.name: i for i, source in enumerate(sources)}
+        orders.append(sorted(pairs, key=lambda pair: place[pair.source.name]))
+    return [*_unflattened(pairs, flattened, is_ordered=is_ordered), *_viewed(orders or [pairs])]
+
+
+def _unflattened(
+    pairs: Sequence[Pair], flattened: Mapping[str, Sequence[int]], *, is_ordered: bool
+) -> Iterator[str]:
     """Notes of Dense layers that may follow a flatten of which `flattened` does not say.
 
-    Their number of inputs is a multiple of a convolution's channels, and no other layer's features.
+    Their number of inputs is a multiple of a convolution's channels, and no other layer's features;
+    where the pairs are in the order of the model, no earlier layer's. A batch norm has those of the
+    layer before it, or of the flatten: then it is named too.
     """
-    features = {
-        layer.path: {value.shape[-1] for value in layer.arrays.values()} for layer, *_ in pairs
-    }
-    channels = set[int]().union(
-        *(features[layer.path] for layer, *_ in pairs if "Conv" in layer.kind)
-    )
-    for layer, *_ in pairs:
-        if layer.kind != "Dense" or layer.path in flattened:
+    channels = set[int]().union(*(_features(p) for p in pairs if "Conv" in p.layer.kind))
+    for i, pair in enumerate(pairs):
+        if pair.layer.kind != "Dense":
             continue
-        inputs = layer.arrays["kernel"].shape[0]
-        others = (found for path, found in features.items() if path != layer.path)
-        is_multiple = any(1 < c < inputs and inputs % c == 0 for c in channels)
-        if is_multiple and not any(inputs in found for found in others):
+        path, inputs = pair.layer.path, pair.layer.arrays["kernel"].shape[0]
+        others = pairs[:i] if is_ordered else [*pairs[:i], *pairs[i + 1 :]]
+        is_suspect = any(1 < c < inputs and inputs % c == 0 for c in channels) and not any(
+            inputs in _features(other) for other in others if not other.is_norm
+        )
+        if path not in flattened and not is_suspect:
+            continue
+        if path not in flattened:
             yield (
-                f"{layer.path} has {inputs} inputs, which no layer has as its features: if torch "
-                f"flattens (C, H, W) before it, give flattened={{{layer.path!r}: (C, H, W)}}, or "
-                "its inputs are in another order than in Flax."
+                f"{path} has {inputs} inputs, which no convolution or Dense layer before has as "
+                "its features: if torch flattens (C, H, W) before it, give "
+                f"flattened={{{path!r}: (C, H, W)}}, or its inputs are in another order than in "
+                "Flax."
             )
+        norms = [p.layer.path for p in others if p.is_norm and inputs in _features(p)]
+        if norms:
+            yield (
+                f"{', '.join(norms)} may be between a flatten and {path}, whose inputs are as many "
+                f"as the features: if so, these are in another order than in Flax, {REORDERED}"
+            )
+
+
+def _viewed(orders: Iterable[Sequence[Pair]]) -> Iterator[str]:
+    """Notes of Dense layers whose outputs may become the (C, H, W) of a convolution after them."""
+    noted = set()
+    for pairs in orders:
+        layers = [pair.layer for pair in pairs if not pair.is_norm]
+        for dense, conv in itertools.pairwise(layers):
+            if dense.kind != "Dense" or "Conv" not in conv.kind or dense.path in noted:
+                continue
+            outputs = dense.arrays["kernel"].shape[-1]
+            inputs = conv.arrays["kernel"].shape[-1 if conv.transpose_kernel else -2]
+            if 1 < inputs < outputs and outputs % inputs == 0:
+                noted.add(dense.path)
+                yield (
+                    f"{dense.path} has {outputs} outputs, a multiple of the {inputs} inputs of "
+                    f"{conv.path}: if torch views them as (C, H, W) between the two, they and the "
+                    "features of a batch norm there are in another order than in Flax, "
+                    f"{REORDERED}"
+                )
+
+
+def _features(pair: Pair) -> set[int]:
+    """The last axes of the arrays of the Flax layer."""
+    return {value.shape[-1] for value in pair.layer.arrays.values()}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jbn.convert._flax import Layer
-from jbn.convert._match import Move, Source
+from jbn.convert._pairs import Move, Source
 
 WITH_KERNEL = {"kernel": "weight", "bias": "bias"}
 ROLES = {
@@ -79,6 +79,7 @@ MIRRORED = Move(
     lambda w: np.moveaxis(_mirror(w), (0, 1), (-2, -1)),
     lambda k: _mirror(_spatial_last(k)),
     "(I, O, *K) to (*K, I, O), mirrored along K",
+    is_transposed=True,
 )
 DENSE = Move("kernel", "weight", lambda w: w.T, lambda k: k.T, "(O, I) to (I, O)")
 
