@@ -119,12 +119,14 @@ def test_readme_figures_of_the_networks():
     """They are those of the committed tables."""
     step = {
         (platform, cells[0], cells[1]): cells[2:]
-        for platform in ("cuda", "tpu", "cpu")
+        for platform in ("cuda", "tpu", "cpu", "cpu-jax-0.12")
         for cells in _cells((RESULTS / f"networks-{platform}.txt").read_text(), "│")
     }
     rows = {name: cells for name, *cells in _cells(README, "|") if len(cells) == 3}
     scanned = [step[p, "scan bfloat16", "jbn"][1] for p in ("cuda", "tpu", "cpu")]
     assert rows["16 scanned layers of convolution, batch norm and relu"] == scanned
+    newer, name = step["cpu-jax-0.12", "scan bfloat16", "jbn"][1], "networks-cpu-jax-0.12.txt"
+    assert f"[{newer}](benchmarks/results/{name})" in README
     resnets = [step["cuda", "ResNet-50", k] for k in ("flax", "jbn", "jbn, policy")]
     assert rows["ResNet-50, 64 images"][0] == resnets[1][1]
     assert rows["ResNet-50, 64 images, `jbn.save_batch_norm_inputs`"][0] == resnets[2][1]
