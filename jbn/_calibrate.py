@@ -128,9 +128,7 @@ def explained(batch: Any, apply_fn: str) -> Iterator[None]:
                 "alone cannot: let apply_fn call the model so that batch norm runs in all branches "
                 "or in none, such as by jnp.where."
             )
-        elif (
-            type(error).__name__ == "ModifyScopeVariableError"
-        ):  # of Flax, which is not needed here
+        elif type(error).__name__ == "ModifyScopeVariableError":  # of flax.errors
             error.add_note("apply_fn must pass on the mutable that it is given to model.apply.")
         elif not hasattr(batch, "shape"):
             error.add_note(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jbn import _graph
 from jbn._calibrate import Pooled, join, whole
@@ -89,7 +90,10 @@ class Report:
     values: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The rows as plain numbers and lists, by the name of the layer, as JSON takes them."""
+        """The rows as plain numbers and lists, by the name of the layer, as `json.dumps` takes them.
+
+        A number that is not finite stays one.
+        """
         rows = (dataclasses.asdict(row) for row in self.rows)
         return {row.pop("layer"): {**row, "findings": list(row["findings"])} for row in rows}
 
@@ -102,12 +106,12 @@ class Report:
         table.add_column("findings", overflow="fold")
         for row in self.rows:
             table.add_row(
-                row.layer or "(model)",
+                Text(row.layer or "(model)"),  # a name may have brackets, which are no markup
                 str(row.features),
                 f"{row.drift_median:.2g}, {row.drift_max:.2g}",
                 f"{row.var_ratio_min:.2g}, {row.var_ratio_max:.2g}",
                 f"{row.smallest_count:g}",
-                "\n".join(row.findings),
+                Text("\n".join(row.findings)),
             )
         return table
 

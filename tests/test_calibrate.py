@@ -713,6 +713,9 @@ def test_errors_of_the_model_tell_what_calibrating_has_to_do_with_them():
         "as a dict: where the model takes a part of it alone, apply_fn has to take that out, "
         in told(of_nnx)
     )
+    with pytest.raises(flax.errors.ModifyScopeVariableError) as immutable:
+        jbn.linen.calibrate(lambda v, b, mutable: bn.apply(v, b), variables, [X])
+    assert "must pass on the mutable that it is given to model.apply" in told(immutable)
     variables = Branches().init(jax.random.key(0), X)
     with pytest.raises(TypeError, match="branch outputs") as branches:
         jbn.linen.calibrate(Branches().apply, variables, [X])

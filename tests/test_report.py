@@ -1,6 +1,7 @@
 """What is told of the layers of a model: `jbn.linen.report` and `jbn.nnx.report`."""
 
 import functools
+import dataclasses
 import io
 import json
 
@@ -162,6 +163,8 @@ def test_table_dict_and_plot(tmp_path):
     read = json.loads(json.dumps(found.to_dict()))
     assert read == found.to_dict()
     assert read["second"]["drift_max"] == found.rows[1].drift_max
+    marked = dataclasses.replace(found, rows=[dataclasses.replace(found.rows[0], layer="[red]x")])
+    assert "│ [red]x " in str(marked)
     found.plot(tmp_path / "report.png")
     image = matplotlib.image.imread(tmp_path / "report.png")
     assert image.shape[0] > 100

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 
 class Row(NamedTuple):
@@ -50,23 +51,24 @@ class Report:
         for header in (self.framework, "Flax", "layout", "matched by"):
             used.add_column(header, overflow="fold")
         for row in self.used:
-            used.add_row(*row)
+            used.add_row(*map(Text, row))  # names may have brackets, which are no markup
         parts: list[Any] = [used]
         if self.left:
             left = Table(title="left")
             left.add_column("entry", overflow="fold")
             left.add_column("reason")
             for item in self.left.items():
-                left.add_row(*item)
+                left.add_row(*map(Text, item))
             parts.append(left)
         if any(self.arguments.values()):
             arguments = Table(title="arguments")
             arguments.add_column("BatchNorm", overflow="fold")
             arguments.add_column("must have")
             for path, options in self.arguments.items():
-                arguments.add_row(path, ", ".join(f"{k}={v!r}" for k, v in options.items()))
+                stated = ", ".join(f"{k}={v!r}" for k, v in options.items())
+                arguments.add_row(Text(path), Text(stated))
             parts.append(arguments)
-        return Group(*(f"- {note}" for note in self.notes), *parts)
+        return Group(*(Text(f"- {note}") for note in self.notes), *parts)
 
     def __str__(self) -> str:
         """The tables as text."""
