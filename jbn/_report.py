@@ -90,10 +90,7 @@ class Report:
     values: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The rows as plain numbers and lists, by the name of the layer, as `json.dumps` takes them.
-
-        A number that is not finite stays one.
-        """
+        """The rows as plain numbers and lists, by the name of the layer, for `json.dumps`."""
         rows = (dataclasses.asdict(row) for row in self.rows)
         return {row.pop("layer"): {**row, "findings": list(row["findings"])} for row in rows}
 

@@ -1,7 +1,7 @@
 """What is told of the layers of a model: `jbn.linen.report` and `jbn.nnx.report`."""
 
-import functools
 import dataclasses
+import functools
 import io
 import json
 
