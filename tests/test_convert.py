@@ -761,11 +761,19 @@ def test_a_head_that_is_defined_first():
 
 def test_an_order_that_numbers_confirm():
     """All layers of one shape before those of another, where Flax has them in turns."""
-    variables = kernels_of(Dense_0=(3, 3), Dense_1=(2, 2), Dense_2=(3, 3), Dense_3=(2, 2))
+    variables = kernels_of(in1=(3, 3), out1=(2, 2), in2=(3, 3), out2=(2, 2))
     state_dict = weights_of(conv1=(3, 3), conv2=(3, 3), bn1=(2, 2), bn2=(2, 2))
     weights = convert.from_torch(state_dict, variables).weights["params"]
     for path, name in zip(variables["params"], ("conv1", "bn1", "conv2", "bn2"), strict=True):
         np.testing.assert_array_equal(weights[path]["kernel"], state_dict[f"{name}.weight"].T)
+    # Linen's own numbers are those of the calls, which may be in another order than the source's.
+    linens = kernels_of(Dense_0=(3, 3), Dense_1=(2, 2), Dense_2=(3, 3), Dense_3=(2, 2))
+    with pytest.raises(convert.OrderError, match="different orders") as refused:
+        convert.from_torch(state_dict, linens)
+    guess = {"Dense_0": "conv1", "Dense_1": "bn1", "Dense_2": "conv2", "Dense_3": "bn2"}
+    assert refused.value.names == guess
+    kernels = convert.from_torch(state_dict, linens, names=guess).weights["params"]
+    np.testing.assert_array_equal(kernels["Dense_2"]["kernel"], state_dict["conv2.weight"].T)
     # Statistics alone, which Linen has after all parameters.
     norms = {name: {"mean": jnp.ones(2), "var": jnp.ones(2)} for name in ("stem_norm", "end_norm")}
     variables = {**kernels_of(stem=(3, 3), end=(2, 2)), "batch_stats": norms}
@@ -876,7 +884,9 @@ def test_a_square_kernel_that_may_be_transposed(tmp_path):
     for value in (True, False):
         options = {"transpose_kernel": {"Conv_0": value}}
         assert not convert.from_torch(state_dict, variables, **options).report.notes
-    for name, shape in (("group", (3, 3, 2, 2)), ("up", (3, 2, 2, 2))):
+    assert convert.from_torch(weights_of(**{"ups.0": (3, 3, 2, 2)}), variables).report.notes
+    plain = ("group", (3, 3, 2, 2)), ("ups.0.conv", (3, 3, 2, 2)), ("up", (3, 2, 2, 2))
+    for name, shape in plain:
         variables = kernels_of(Conv_0=(2, 2, shape[1], 3))
         assert not convert.from_torch(weights_of(**{name: shape}), variables).report.notes
 
@@ -1033,6 +1043,16 @@ def test_leave_a_single_entry():
     state_dict = {"cls_token": draw(1, 2), "scale": draw(), **torch_linears("fc")}
     report = convert.from_torch(state_dict, dense_params("a"), leave=["cls_token", "scale"]).report
     assert report.left == {"cls_token": "leave", "scale": "leave"}
+    # One of Flax, of a module that holds layers.
+    variables = {"params": {"block": {"gamma": jnp.full(3, 7.0), **dense_params("a")["params"]}}}
+    weights, report = convert.from_torch(
+        state_dict, variables, leave=["cls_token", "scale", "block/gamma"]
+    )
+    assert report.left == {"cls_token": "leave", "scale": "leave", "block/gamma": "leave"}
+    np.testing.assert_array_equal(weights["params"]["block"]["gamma"], np.full(3, 7.0))
+    np.testing.assert_array_equal(
+        weights["params"]["block"]["a"]["kernel"], state_dict["fc.weight"].T
+    )
     like = convert.to_torch(dense_params("a"), like=state_dict, leave=["cls_token", "scale"])
     np.testing.assert_array_equal(like.weights["cls_token"], state_dict["cls_token"])
 

@@ -221,10 +221,15 @@ def _may_be_transposed(pair: Pair, sizes: Container[tuple[int, ...]]) -> bool:
     """
     if pair.layer.kind != "Conv" or pair.source.kind or not _is_square(pair):
         return False
-    if UPSAMPLING.search(" ".join(pair.names).lower()):
+    if any(UPSAMPLING.search(_own_name(name).lower()) for name in pair.names):
         return True
     is_even = all(n % 2 == 0 for n in _size(pair))
     return not LINENS_CONV.fullmatch(pair.layer.path) and (is_even or _size(pair) in sizes)
+
+
+def _own_name(name: str) -> str:
+    """The last part of a layer's name that is no bare number, as "ups" of "decoder.ups.0"."""
+    return next((part for part in reversed(re.split("[./]", name)) if not part.isdigit()), name)
 
 
 def _size(pair: Pair) -> tuple[int, ...]:

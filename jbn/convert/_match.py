@@ -87,7 +87,14 @@ def split_left(
             left[name] = "leave"
             if not kept:
                 del sources[other]
-        if not flax and not theirs and not entries:
+        path, _, role = name.rpartition("/")
+        if path in layers and role in layers[path].arrays:
+            kept = {key: value for key, value in layers[path].arrays.items() if key != role}
+            layers[path] = dataclasses.replace(layers[path], arrays=kept)
+            left[name] = "leave"
+            if not kept:
+                del layers[path]
+        elif not flax and not theirs and not entries:
             raise ValueError(
                 f"leave names {name!r}, which is no layer: in Flax {known_names(layers)}, "
                 f"in the source {known_names(sources)}."

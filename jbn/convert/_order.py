@@ -113,7 +113,7 @@ def objections(
        other layers, since in torch often all convolutions are defined before all batch norms. But a
        pair of the group's own sort, batch norm or other, must cross none of the group, or all: then
        the order within the group does not depend on it. Numbers that confirm the group's order on
-       both sides outweigh this.
+       both sides outweigh this, but not Linen's, which only count the calls.
     3. For batch norms, the layers that they follow: no two other layers may cross each other, but
        where one comes after all of the group in either model, so that none of the group follows it.
 
@@ -138,7 +138,7 @@ def objections(
             is_norm = group[0].is_norm
             reason = (
                 _unknown(group, orders)
-                or _crossed(group, crossings[is_norm])
+                or _crossed(group, crossings[is_norm], orders)
                 or (_crossed_before(group, crossings[False], orders) if is_norm else "")
             )
             if reason:
@@ -161,9 +161,11 @@ def _unknown(group: Sequence[Pair], orders: Sequence[Order]) -> str:
     return ""
 
 
-def _crossed(group: Sequence[Pair], crossings: Iterable[tuple[Pair, Pair]]) -> str:
+def _crossed(
+    group: Sequence[Pair], crossings: Iterable[tuple[Pair, Pair]], orders: Sequence[Order]
+) -> str:
     """Says which pair crosses a part of the group, if numbers do not confirm its order."""
-    if all(map(_is_numbered, _sides(group))):
+    if all(map(_is_numbered, _sides(group), (order.automatic for order in orders))):
         return ""
     members = {pair.names for pair in group}
     crossed = collections.defaultdict[tuple[str, str], list[Pair]](list)
@@ -249,8 +251,10 @@ def _by_number(names: Iterable[str]) -> IsBefore:
     return _comparing({name: tuple(map(_number, _parts(name))) for name in names})
 
 
-def _is_numbered(names: Sequence[str]) -> bool:
-    """Whether numbers put each name before the next."""
+def _is_numbered(names: Sequence[str], skip_automatic: bool) -> bool:
+    """Whether numbers put each name before the next, Linen's automatic ones apart if so told."""
+    if skip_automatic:
+        names = ["/".join(AUTOMATIC.sub("", part) for part in _parts(name)) for name in names]
     return all(itertools.starmap(_by_number(names), itertools.pairwise(names)))
 
 
