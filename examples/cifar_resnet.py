@@ -62,8 +62,17 @@ from jbn.linen import BatchNorm, batch_norm_mask
 
 LOG_EVERY = 50  # steps between points in TensorBoard, and between checks that training goes well
 MIRRORED = ("cifar10", "fashion-mnist")  # a mirrored digit is none
-DECISIVE = ("network", "epochs", "batch_size", "learning_rate", "warmup", "weight_decay")
-DECISIVE += ("label_smoothing", "bfloat16", "seed")  # flags; what they and the data are, a run is
+DECISIVE = (  # flags; what they and the data are, a run is
+    "network",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "warmup",
+    "weight_decay",
+    "label_smoothing",
+    "bfloat16",
+    "seed",
+)
 PAPER = 91.25  # test accuracy of ResNet-20 on CIFAR-10, in percent: He et al. 2015, Table 6
 
 
@@ -172,8 +181,8 @@ class TrainState(train_state.TrainState):
 
 def learning_rate_schedule(settings: Mapping[str, Any], steps: int) -> optax.Schedule:
     """By step: a line from 0 to the peak over a share of the steps, then half a cosine to 0."""
-    rise = int(settings["warmup"] * steps)
-    return optax.warmup_cosine_decay_schedule(0, settings["learning_rate"], rise, steps)
+    warmup_steps = int(settings["warmup"] * steps)
+    return optax.warmup_cosine_decay_schedule(0, settings["learning_rate"], warmup_steps, steps)
 
 
 def init_state(settings: Mapping[str, Any], steps: int, images: jax.Array) -> TrainState:
@@ -312,13 +321,13 @@ def evaluate(
     return {key: float(sum(total[key] for total in totals)) / count for key in totals[0]}
 
 
-def log(writer: EventsWriter, step: int, **what: Any) -> None:
+def log(writer: EventsWriter, step: int, **fields: Any) -> None:
     """Writes an event for TensorBoard, which is on the disk after `writer.flush()`.
 
     tensorboardX's `SummaryWriter` writes in a thread, for which its `flush` does not wait, and
     whose failure on a full disk it does not see.
     """
-    writer.write_event(Event(wall_time=time.time(), step=step, **what))
+    writer.write_event(Event(wall_time=time.time(), step=step, **fields))
 
 
 def train(
@@ -335,7 +344,7 @@ def train(
     """
     standardize = standardizer(dataset.train_images)
     batches = train_batches(settings, dataset, standardize)
-    last, epoch_steps = len(batches), len(batches) // args.epochs
+    last, epoch_steps = len(batches), len(batches) // settings["epochs"]
     schedule: Any = learning_rate_schedule(settings, last)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ([], ["data"]))
@@ -349,7 +358,8 @@ def train(
         print(f"Restored step {start} of {last} from {manager.directory}")
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     data = batches[start:].to_iter_dataset(reading) if start < last else ()
-    steps = tqdm(enumerate(data, start + 1), args.network, total=last, initial=start, unit="step")
+    numbered = enumerate(data, start + 1)
+    steps = tqdm(numbered, settings["network"], total=last, initial=start, unit="step")
     writer = EventsWriter(f"{args.output / 'tensorboard' / 'events'}")
     diverged_at = None
     with contextlib.closing(manager), contextlib.closing(writer), steps:
@@ -357,12 +367,14 @@ def train(
         log(writer, start + 1, session_log=SessionLog(status=SessionLog.START))
         for step, batch in steps:
             batch = jax.device_put(batch, split)
-            state, metrics = train_step(state, *batch, args.label_smoothing)
+            state, metrics = train_step(state, *batch, settings["label_smoothing"])
             logged, ends = step % LOG_EVERY == 0, step % epoch_steps == 0
             saves = step % args.checkpoint_every == 0 or step == last
             if not (logged or ends or saves):
                 continue  # to the next one, without waiting for the devices
-            tests = evaluate(state, dataset, standardize, args.batch_size, split) if ends else {}
+            tests = {}
+            if ends:
+                tests = evaluate(state, dataset, standardize, settings["batch_size"], split)
             if not (is_finite(state) and all(map(math.isfinite, tests.values()))):
                 diverged_at, good = step, manager.latest_step()
                 kept = f"The last good checkpoint, of step {good}," if good else "No checkpoint"

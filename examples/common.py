@@ -384,7 +384,7 @@ def spread(values: np.ndarray | Sequence[float], form: str, limit: float = np.in
 
 @contextlib.contextmanager
 def ending_in_one_line(goes_on: str) -> Iterator[None]:
-    """Decorates a `main` that ends with a line, not a traceback, by Ctrl-C or on a full disk.
+    """Decorates a `main` that ends with a line, not a traceback, by Ctrl-C or where it can't write.
 
     Args:
         goes_on: where the same command does afterwards.
@@ -392,12 +392,14 @@ def ending_in_one_line(goes_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        ending, code = "Interrupted", 130  # as a shell has it
+        ending, code = f"Interrupted. The same command goes on {goes_on}.", 130  # as a shell has it
     except OSError as error:
-        ending, code = f"{error}", 1
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        after = f" With more space the same command goes on {goes_on}." if is_full else ""
+        ending, code = f"{error}.{after}", 1
     else:
         return
-    tqdm.write(f"{ending}. The same command goes on {goes_on}.", file=sys.stderr)
+    tqdm.write(ending, file=sys.stderr)
     sys.exit(code)
 
 

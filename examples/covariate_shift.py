@@ -451,8 +451,8 @@ def figure(results: dict[str, Any]) -> bytes:
         axes.plot(steps, middle, color=color, label="median")
         axes.plot(steps, low, color=color, linestyle=":", label=f"{PERCENTILES[0]}th percentile")
         axes.fill_between(steps, low, high, color=color, alpha=0.1, linewidth=0)
-        axes.set(title=f"{name}: one sigmoid of the last hidden layer, first seed")
-        axes.set(ylabel="input of the sigmoid")
+        axes.set(title=f"{name}: one sigmoid of the last hidden layer")
+        axes.set(ylabel="input of the sigmoid, first seed")
 
         for axes, key in zip(moved, ("mean_moves", "std_moves"), strict=True):
             for layer, style in enumerate((":", "--", "-")):

@@ -59,9 +59,11 @@ def quick_compile() -> Iterator[None]:
     not marked: they compile what users do.
     """
     jax.config.update("jax_disable_most_optimizations", True)
-    with older_generator() if jax.__version_info__ < (0, 11) else contextlib.nullcontext():
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        with older_generator() if jax.__version_info__ < (0, 11) else contextlib.nullcontext():
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @contextlib.contextmanager

@@ -378,7 +378,7 @@ def test_full_disk(cache, tmp_path, monkeypatch, capsys):
     with exits(1):
         run(tmp_path)
     path = tmp_path / "checkpoints" / f"{2 * SAVE_EVERY}"
-    message = f"[Errno 28] No space left on device: '{path}'. The same command goes on from"
+    message = f"[Errno 28] No space left on device: '{path}'. With more space the same command"
     assert message in capsys.readouterr().err
     assert saved_steps(tmp_path) == [SAVE_EVERY]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "tensorboard"]

@@ -525,8 +525,10 @@ def test_output_file_that_is_a_folder(tmp_path, capsys):
         (
             OSError(errno.ENOSPC, "No space left on device", "file"),
             1,
-            "[Errno 28] No space left on device: 'file'. The same command goes on from there.\n",
+            "[Errno 28] No space left on device: 'file'. With more space the same command goes on "
+            "from there.\n",
         ),
+        (IsADirectoryError(errno.EISDIR, "A folder", "file"), 1, "[Errno 21] A folder: 'file'.\n"),
     ],
 )
 def test_ending_in_one_line(error, code, message, capsys):
