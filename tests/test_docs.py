@@ -207,11 +207,15 @@ def test_readme_figures_of_the_speed():
         means[0] += f" ({min(peers['jbn']):.2f} to {max(peers['jbn']):.2f})"
         assert rows[name] == means, name
     overhead = {
-        cells[0].partition(",")[0]: cells[3]
+        cells[0].removesuffix(", 100 layers"): cells[3]
         for cells in _cells((RESULTS / "overhead-cpu.txt").read_text(), "│")
     }
     assert f"takes {overhead['all']} times as long as with Linen" in section
     assert f"(tracing {overhead['trace']}, compiling {overhead['compile']};" in section
+    both, forward = overhead["call, forward and backward"], overhead["call, forward"]
+    assert f"256x128, {forward} times forward and {both} times forward and back" in " ".join(
+        section.split()
+    )
 
     errors = {(r["peer"], r["mean"], r["std"]): r["y_error"] for r in measured["accuracy"]}
     section = README.split("### Accuracy")[1].split("\n### ")[0]
