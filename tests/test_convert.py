@@ -785,6 +785,21 @@ def test_an_order_that_numbers_confirm():
     np.testing.assert_array_equal(stats["end_norm"]["var"], state_dict["end_bn.running_var"])
 
 
+def test_modules_of_equal_names():
+    """Two towers, which the models define in different orders."""
+    linens = {f"Dense_{i}": {"kernel": jnp.ones((4, 4))} for i in range(2)}
+    stem = kernels_of(stem=(3, 4))["params"]  # so that names are not sorted
+    variables = {"params": {**stem, "user": linens, "item": linens}}
+    towers = ("item.0", "item.2", "user.0", "user.2")
+    state_dict = weights_of(stem=(4, 3), **dict.fromkeys(towers, (4, 4)))
+    with pytest.raises(convert.OrderError, match="both models have layers of that kind in 'item'"):
+        convert.from_torch(state_dict, variables)
+    variables = {"params": {**stem, "item": linens, "user": linens}}
+    weights = convert.from_torch(state_dict, variables).weights["params"]
+    kernel = weights["user"]["Dense_1"]["kernel"]
+    np.testing.assert_array_equal(kernel, state_dict["user.2.weight"].T)
+
+
 def test_an_order_that_numbers_deny(keras, tmp_path):
     """Keras lists the layers of branches by depth, and numbers them as they are made."""
     with pytest.raises(ValueError, match=r"order of fc2, fc1, .*numbers say another: pair a, b in"):

@@ -105,7 +105,7 @@ def objections(
     """The groups that should not have been paired by their order, each with the reason.
 
     A group is of one kind and shape. To be paired by order it must have the same order in both
-    models, of which three things speak:
+    models, of which four things speak:
 
     1. Its own: on both sides it must be known, and numbers in the names must not deny it.
     2. Pairs that *cross*, one coming before the other in one model and after it in the other, as
@@ -116,6 +116,9 @@ def objections(
        both sides outweigh this, but not Linen's, which only count the calls.
     3. For batch norms, the layers that they follow: no two other layers may cross each other, but
        where one comes after all of the group in either model, so that none of the group follows it.
+    4. The modules that its layers are in: one of `user` must not be paired with one of `item` where
+       both models have a `user`. Names that end in a number do not speak, as the other model may
+       count from another one.
 
     Args:
         groups: all pairs; those not paired by order are groups of their own.
@@ -140,6 +143,7 @@ def objections(
                 _unknown(group, orders)
                 or _crossed(group, crossings[is_norm], orders)
                 or (_crossed_before(group, crossings[False], orders) if is_norm else "")
+                or _in_another_module(group)
             )
             if reason:
                 yield group, reason
@@ -197,6 +201,25 @@ def _crossed_before(
                 f"{_paths(group)} in names."
             )
     return ""
+
+
+def _in_another_module(group: Sequence[Pair]) -> str:
+    """Says which pair is not of modules of one name, though others of the group are in both."""
+    in_flax, in_source = (set().union(*map(_modules, names)) for names in _sides(group))
+    for pair in group:
+        ours, theirs = map(_modules, pair.names)
+        for name in sorted(((ours - theirs) & in_source) | ((theirs - ours) & in_flax)):
+            return (
+                f"{' and '.join(pair.names)} would be paired by the order of their kind and shape, "
+                f"but both models have layers of that kind in {name!r}: pair {_paths(group)} in "
+                "names."
+            )
+    return ""
+
+
+def _modules(name: str) -> set[str]:
+    """The names of the modules that a layer lies in, but for those that end in a number."""
+    return {part for part in _parts(name)[:-1] if not part[-1:].isdigit()}
 
 
 def _cross(pair: Pair, other: Pair, orders: Sequence[Order]) -> bool:
