@@ -75,8 +75,8 @@ def from_torch(
             an NNX model `nnx.state(model)`, to be loaded with `nnx.update(model, weights)`.
         names: from the path of a Flax layer (`"block/Conv_0"`) to the prefix of torch's
             (`"block.conv1"`), where the rules above do not do.
-        leave: layers or modules, of either side, that are not converted. Flax's keep the values of
-            the template.
+        leave: layers, modules or single entries, of either side, that are not converted. Flax's
+            keep the values of the template.
         transpose_kernel: by path, this argument of each `ConvTranspose` layer of Flax; needed only
             where its name is not Linen's own (`ConvTranspose_0`, taken as False) and its numbers
             of inputs and outputs are equal, since the layer then looks as a Conv does.
