@@ -447,9 +447,9 @@ def _merged(
         return stats
     names = tuple(itertools.chain(*batch.exchanges))
     stats = Statistics(*(_axes.vary_over(v, names) for v in stats))
-    if mask is None:
-        return _once(_merge(batch, axes.reduced_size(x.shape), False, stats))
-    return _once(_merge(batch, None, jnp.issubdtype(mask.dtype, jnp.floating), stats))
+    n = axes.reduced_size(x.shape) if mask is None else None
+    weighted = mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
+    return _once(_merge(batch, n, weighted, stats))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

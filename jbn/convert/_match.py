@@ -81,19 +81,12 @@ def split_left(
             if entry == name
         ]
         for other, role in entries:  # a single one, such as a parameter of the whole model
-            source = sources[other]
-            kept = {key: value for key, value in source.arrays.items() if key != role}
-            sources[other] = dataclasses.replace(source, arrays=kept)
+            _drop(sources, other, role)
             left[name] = "leave"
-            if not kept:
-                del sources[other]
         path, _, role = name.rpartition("/")
         if path in layers and role in layers[path].arrays:
-            kept = {key: value for key, value in layers[path].arrays.items() if key != role}
-            layers[path] = dataclasses.replace(layers[path], arrays=kept)
+            _drop(layers, path, role)
             left[name] = "leave"
-            if not kept:
-                del layers[path]
         elif not flax and not theirs and not entries:
             raise ValueError(
                 f"leave names {name!r}, which is no layer: in Flax {known_names(layers)}, "
@@ -104,6 +97,15 @@ def split_left(
         for other in theirs:
             left |= dict.fromkeys(sources.pop(other).entries.values(), "leave")
     return left
+
+
+def _drop(table: dict[str, Any], name: str, role: str) -> None:
+    """Takes an array out of a layer of either side, and the layer with its last."""
+    arrays = {key: value for key, value in table[name].arrays.items() if key != role}
+    if arrays:
+        table[name] = dataclasses.replace(table[name], arrays=arrays)
+    else:
+        del table[name]
 
 
 def _named(name: str, table: Mapping[str, Any], side: str) -> Any:
