@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import eval_jaxpr
 from jax.lax import stop_gradient  # by name: see _moments.py
 
@@ -34,6 +33,7 @@ class _Spec:
         passes: whether dz holds elements of dy and zeros only.
         adds: whether there is a residual.
         custom_vjp: whether to use the hand-written rule.
+        epsilon: if its value is known.
     """
 
     axes: Axes
@@ -44,10 +44,14 @@ class _Spec:
     passes: bool
     adds: bool
     custom_vjp: bool
+    epsilon: float | None
 
 
 class _Arrays(NamedTuple):
-    """The arrays of a call, as given; `features` are scale, bias, mean, var, each [C]."""
+    """The arrays of a call, as given; `features` are scale, bias, mean, var, each [C].
+
+    `epsilon` is None where `_Spec` has it.
+    """
 
     x: jax.Array
     mask: jax.Array | None
@@ -200,6 +204,7 @@ def _check(
     }
     residual = None if residual is None else _axes.check_residual(residual, x)
     epsilon = _axes.check_epsilon(epsilon)
+    number = epsilon if isinstance(epsilon, float) else None
     dtypes = [x.dtype, *(v.dtype for v in features.values())]
     computed = _axes.compute_dtype(*dtypes, *([] if residual is None else [residual.dtype]))
     mask = None if mask is None else _axes.check_mask(mask, x)
@@ -217,8 +222,10 @@ def _check(
         passes=activation is jax.nn.relu,
         adds=residual is not None,
         custom_vjp=bool(custom_vjp),
+        epsilon=number,
     )
-    return spec, _Arrays(x, mask, residual, features, epsilon, closed_over)
+    traced = epsilon if number is None else None
+    return spec, _Arrays(x, mask, residual, features, traced, closed_over)
 
 
 def _closure(
@@ -261,14 +268,13 @@ def _batch_norm(spec: _Spec, args: _Arrays, batch: Batch) -> tuple[jax.Array, Mo
     """`batch_norm` of checked arguments."""
     x, mask, residual = _axes.align_varying(_remat.tag(args.x), args.mask, args.residual)
     x_carrier = _moments.carrier(x)
-    stats = _moments.statistics(x_carrier, x, mask, spec.axes, batch, spec.custom_vjp)
+    stats, rstd = _moments.statistics(
+        x_carrier, x, mask, spec.axes, batch, _epsilon(spec, args), spec.custom_vjp
+    )
     moments = stats.moments()
-    n = spec.axes.reduced_size(x.shape)
-    if mask is None and not batch.exchanges and n == 1:
+    if mask is None and not batch.exchanges and spec.axes.reduced_size(x.shape) == 1:
         # One element is its own mean. That y does not depend on it is known, not left to rounding.
-        x_carrier, stats = stop_gradient((x_carrier, stats))
-    empty = stats.count == 0 if mask is not None or n == 0 else None  # None: it cannot be
-    rstd = _rstd(stats.var, args.epsilon, empty)
+        x_carrier, stats, rstd = stop_gradient((x_carrier, stats, rstd))
     args = args._replace(x=x, residual=residual)
     return _normalize(spec, args, x_carrier, stats.shift, stats.offset, rstd), moments
 
@@ -278,29 +284,12 @@ def _batch_norm_inference(spec: _Spec, args: _Arrays) -> jax.Array:
     """`batch_norm_inference` of checked arguments."""
     args = args._replace(x=_remat.tag(args.x))
     mean, var = args.features["mean"], args.features["var"]
-    return _normalize(spec, args, _moments.carrier(args.x), mean, None, _rstd(var, args.epsilon))
+    rstd = _moments.inverse_std(var, _epsilon(spec, args))
+    return _normalize(spec, args, _moments.carrier(args.x), mean, None, rstd)
 
 
-def _rstd(var: jax.Array, epsilon: Any, empty: jax.Array | None = None) -> jax.Array:
-    """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
-    v = var + jnp.asarray(epsilon, var.dtype)
-    return _rsqrt(v if empty is None else jnp.where(empty, jnp.inf, v))
-
-
-@jax.custom_jvp
-def _rsqrt(v: jax.Array) -> jax.Array:
-    """1 / sqrt(v), where that is finite and not 0; elsewhere 0, and so are its derivatives."""
-    regular = (v != 0) & (v != jnp.inf)
-    r = lax.rsqrt(lax.select(regular, v, jnp.ones_like(v)))
-    return lax.select(regular, r, jnp.zeros_like(r))
-
-
-@_rsqrt.defjvp
-def _rsqrt_jvp(primals, tangents):
-    """What JAX would derive too (and does, where it drops the rule), but quicker to compile."""
-    (v,), (dv,) = primals, tangents
-    r = _rsqrt(v)
-    return r, jnp.where(r == 0, 0, -0.5 * r * r * r * dv)  # dv may be infinite
+def _epsilon(spec: _Spec, args: _Arrays) -> Any:
+    return args.epsilon if spec.epsilon is None else spec.epsilon
 
 
 def _normalize(
@@ -355,10 +344,11 @@ def _normalize(
 #     dresidual = dz        dbias = sum(dz) = S        df = sum(dz c)
 #     dmean = -f S          dx = f dz
 #
-# and no more is written by hand. JAX itself carries df to dscale = rstd df, and through
-# d rstd / d var = -rstd^3 / 2 to the statistics, whose rule (in _moments.py) adds
-# dmean / N + 2 dvar c / N to dx. With xhat = rstd c and D = sum(dz xhat), so that
-# df = D / rstd and dvar = -scale rstd^2 D / 2, the three terms are the textbook's
+# and no more is written by hand. JAX itself carries df to dscale = rstd df and drstd = scale df,
+# and that through d rstd / d var = -rstd^3 / 2 to the statistics (where their rule, in _moments.py,
+# computes rstd too, it does so itself), which add dmean / N + 2 dvar c / N to dx. With xhat = rstd c
+# and D = sum(dz xhat), so that df = D / rstd and dvar = -scale rstd^2 D / 2, the three terms are
+# the textbook's
 #
 #     dx = scale rstd (dz - S / N - xhat D / N).
 #
@@ -417,7 +407,13 @@ def _activate(spec: _Spec, z: jax.Array, *closed_over: jax.Array) -> jax.Array:
 
 
 def _once(a: _Operands) -> _Operands:
-    """Has the feature arrays computed before the loop over x; those of statistics are already."""
+    """Has the feature arrays computed before the loop over x.
+
+    In training shift and offset are already, and so is rstd, which a small x is scaled by in the
+    loop: that takes less time than another kernel.
+    """
+    if a.offset is not None and _lowering.is_small(a.x):
+        return a
     names = ("factor", "bias") if a.offset is not None else ("shift", "factor", "bias")
     present = [name for name in names if getattr(a, name) is not None]
     values = _lowering.once(*(getattr(a, name) for name in present))

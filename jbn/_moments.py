@@ -115,7 +115,8 @@ def moments(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _moments(axes: Axes, batch: Batch, x: jax.Array, mask: jax.Array | None) -> Moments:
     x, mask = _axes.align_varying(x, mask)
-    return statistics(carrier(x), x, mask, axes, batch).moments()
+    stats, _ = statistics(carrier(x), x, mask, axes, batch)
+    return stats.moments()
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -166,22 +167,33 @@ def statistics(
     mask: jax.Array | None,
     axes: Axes,
     batch: Batch,
+    epsilon: Any = None,
     custom_vjp: bool = True,
-) -> Statistics:
-    """`moments` of checked arguments, with the mean unrounded.
+) -> tuple[Statistics, jax.Array | None]:
+    """`moments` of checked arguments, with the mean unrounded, and rstd if epsilon is given.
 
     Only the local pass has a hand-written rule. The merge over devices is plain JAX on O(C)
-    numbers, so JAX transposes its collective rightly under every kind of mapping.
+    numbers, so JAX transposes its collective rightly under every kind of mapping. rstd is computed
+    in the local pass where it can be: of one device's batch, with an epsilon that is a number. An
+    array may be mapped where x is not, and must not take the statistics with it.
     """
     if mask is not None:
         mask = _axes.shard_mask(mask, x)
-    stats: Statistics = (
-        _local_statistics(axes, x_carrier, x, mask)
-        if custom_vjp
-        else _local_statistics_plain(axes, x_carrier, mask)
-    )
+    can_be_empty = _can_be_empty(axes, x, mask)
+    number = epsilon if isinstance(epsilon, float) else None
+    local = None if batch.exchanges else number
+    if custom_vjp:
+        stats, rstd = _local_statistics(axes, local, x_carrier, x, mask)
+    else:
+        plain = _local_statistics_plain(axes, x_carrier, mask)
+        stats, rstd = _in_memory(plain, local, can_be_empty)
     stats = stats._replace(shift=stop_gradient(stats.shift))
-    return _merged(batch, axes, x, mask, stats)
+    if batch.exchanges:
+        merged = _merged(batch, axes, x, mask, stats)
+        stats, rstd = _in_memory(merged, number, can_be_empty)
+    if rstd is None and epsilon is not None:
+        rstd = _rstd_of(stats, epsilon, can_be_empty)
+    return stats, rstd
 
 
 # The local pass, with d = x - shift, weights w (1 and 0 under a boolean mask), N = sum(w):
@@ -195,7 +207,8 @@ def statistics(
 #     dw = Re(g_offset (x - mean)) / N + g_var (|x - mean|^2 - var) / N + g_N
 #
 # (conj by JAX's convention for the cotangent of a complex argument of a real function). An element
-# of weight 0 is left out altogether, since it may hold NaN: its weight gets the gradient 0.
+# of weight 0 is left out altogether, since it may hold NaN: its weight gets the gradient 0. Of
+# r = rstd, where that is computed here too, g_var gets -r^3 g_r / 2 more.
 #
 # x enters the rule twice: `x` is read and kept in its own dtype; `x_carrier`, the same values cast
 # to the dtype of computation, is never read and takes the cotangent. So the contributions of this
@@ -243,13 +256,54 @@ def _finish(shifted: "_Shifted", count: jax.Array) -> Statistics:
     var = mean_square - square_of_mean
     # Not jnp.maximum, which halves the derivative of a constant feature, at the tie.
     var = jnp.where(mean_square < square_of_mean, 0, var)
-    return _once(Statistics(shift, offset, var, count))
+    return Statistics(shift, offset, var, count)
 
 
-def _once(stats: Statistics) -> Statistics:
-    """Has them computed before the loops over x that read them."""
-    shift, offset, var = _lowering.once(stats.shift, stats.offset, stats.var)
-    return stats._replace(shift=shift, offset=offset, var=var)
+def _in_memory(
+    stats: Statistics, epsilon: float | None, can_be_empty: bool
+) -> tuple[Statistics, jax.Array | None]:
+    """The statistics, and rstd if epsilon is given, computed before the loops over x."""
+    features = [stats.shift, stats.offset, stats.var]
+    if epsilon is not None:
+        features.append(_rstd_of(stats, epsilon, can_be_empty))
+    shift, offset, var, *rstd = _lowering.once(*features)
+    return Statistics(shift, offset, var, stats.count), rstd[0] if rstd else None
+
+
+def _can_be_empty(axes: Axes, x: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether a feature may have no element."""
+    return mask is not None or axes.reduced_size(x.shape) == 0
+
+
+def _rstd_of(stats: Statistics, epsilon: Any, can_be_empty: bool) -> jax.Array:
+    return inverse_std(stats.var, epsilon, stats.count == 0 if can_be_empty else None)
+
+
+def inverse_std(var: jax.Array, epsilon: Any, empty: jax.Array | None = None) -> jax.Array:
+    """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
+    v = var + jnp.asarray(epsilon, var.dtype)
+    return _rsqrt(v if empty is None else jnp.where(empty, jnp.inf, v))
+
+
+@jax.custom_jvp
+def _rsqrt(v: jax.Array) -> jax.Array:
+    """1 / sqrt(v), where that is finite and not 0; elsewhere 0, and so are its derivatives."""
+    regular = (v != 0) & (v != jnp.inf)
+    r = lax.rsqrt(lax.select(regular, v, jnp.ones_like(v)))
+    return lax.select(regular, r, jnp.zeros_like(r))
+
+
+@_rsqrt.defjvp
+def _rsqrt_jvp(primals, tangents):
+    """What JAX would derive too (and does, where it drops the rule), but quicker to compile."""
+    (v,), (dv,) = primals, tangents
+    r = _rsqrt(v)
+    return r, _times_slope(r, dv)
+
+
+def _times_slope(r: jax.Array, g: jax.Array) -> jax.Array:
+    """-r^3 g / 2, for the derivative of r = rstd by the variance; 0 where r is, whatever g."""
+    return jnp.where(r == 0, 0, -0.5 * r * r * r * g)
 
 
 def _sharded_statistics(axes: Axes, x: jax.Array, mask: jax.Array | None) -> Statistics:
@@ -263,24 +317,31 @@ def _merged_statistics(
     return _merged(batch, axes, x, mask, _local_statistics_plain(axes, x, mask))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _local_statistics(
-    axes: Axes, x_carrier: jax.Array, x: jax.Array, mask: jax.Array | None
-) -> Statistics:
+    axes: Axes,
+    epsilon: float | None,
+    x_carrier: jax.Array,
+    x: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[Statistics, jax.Array | None]:
+    out, _ = _local_statistics_fwd(axes, epsilon, x_carrier, x, mask)
+    return out
+
+
+def _local_statistics_fwd(axes, epsilon, x_carrier, x, mask):
     del x_carrier
-    return _sharded_statistics(axes, x, mask)
+    stats = _sharded_statistics(axes, x, mask)
+    out = _remat.tag(_in_memory(stats, epsilon, _can_be_empty(axes, x, mask)))
+    return out, (x, mask, *out)
 
 
-def _local_statistics_fwd(axes, x_carrier, x, mask):
-    del x_carrier
-    stats: Statistics = _remat.tag(_sharded_statistics(axes, x, mask))
-    return stats, (x, mask, stats)
-
-
-def _local_statistics_bwd(axes, kept, g):
-    x, mask, (shift, offset, var, count) = kept
+def _local_statistics_bwd(axes, epsilon, kept, g):
+    x, mask, (shift, offset, var, count), rstd = kept
+    g, g_rstd = g
+    g_var = g.var if epsilon is None else g.var + _times_slope(rstd, g_rstd)
     n = _divisor(count)
-    constant, slope = times(1 / n, g.offset), 2 * g.var / n
+    constant, slope = times(1 / n, g.offset), 2 * g_var / n
     features = shift, offset, *_lowering.once(constant, slope)
     shift, offset, constant, slope = map(axes.expand, features)
     read = x if mask is None else _of_weight(mask, x)
@@ -449,7 +510,7 @@ def _merged(
     stats = Statistics(*(_axes.vary_over(v, names) for v in stats))
     n = axes.reduced_size(x.shape) if mask is None else None
     weighted = mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)
-    return _once(_merge(batch, n, weighted, stats))
+    return _merge(batch, n, weighted, stats)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

@@ -99,6 +99,56 @@ MAPPED = ("vmap", "pmap", "shard_map, checked", "shard_map, unchecked")
 
 
 @pytest.mark.parametrize("kind", MAPPED)
+def test_without_a_name_each_device_has_a_batch_of_its_own(kind):
+    """In which what is shared, epsilon too, gets the sum of all devices' gradients."""
+    args = draw(masked=False)
+    x, dy = (args[k].reshape(4, -1, *args[k].shape[1:]) for k in ("x", "dy"))
+
+    def local(parts, whole):
+        x, dy = parts
+        scale, bias, epsilon = whole
+        return jnp.sum(jbn.batch_norm(x, scale, bias, epsilon=epsilon)[0] * dy)
+
+    def definition(x, scale, bias, epsilon):
+        mean = x.mean((1, 2, 3), keepdims=True)
+        var = jnp.square(x - mean).mean((1, 2, 3), keepdims=True)
+        return jnp.sum((scale * (x - mean) / jnp.sqrt(var + epsilon) + bias) * dy)
+
+    def loss(x, *whole):
+        return jnp.sum(mapped(kind, local, 4)((x, dy), whole))
+
+    primals = x, args["scale"], args["bias"], jnp.asarray(0.1)
+    actual = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*primals)
+    with jax.numpy_rank_promotion("allow"):
+        close(actual, jax.grad(definition, (0, 1, 2, 3))(*primals))
+
+
+@pytest.mark.parametrize("axis_name", [None, "d"])
+@pytest.mark.parametrize("kind", ["vmap", "shard_map, checked"])
+def test_epsilon_may_be_mapped_where_x_is_not(kind, axis_name):
+    """And leaves the moments as they are: known to be the same on all devices."""
+    x, epsilons = draw(masked=False)["x"], np.array([0.0, 0.1, 0.2, 0.3])
+
+    def local(epsilon, x):
+        return jbn.batch_norm(x, epsilon=epsilon, axis_name=axis_name)
+
+    if kind == "vmap":
+        f = jax.vmap(local, (0, None), (0, None), axis_name="d")
+    else:
+        f = jax.shard_map(
+            lambda epsilon, x: local(epsilon[0], x),
+            mesh=mesh_of((4,), ("d",)),
+            in_specs=(P("d"), P()),
+            out_specs=(P("d"), P()),
+        )
+    y, moments = f(epsilons, x)
+    for epsilon, part in zip(epsilons, y.reshape(4, *x.shape), strict=True):
+        expected_y, expected_moments = jbn.batch_norm(x, epsilon=epsilon)
+        close(part, expected_y)
+    close(moments[:2], expected_moments[:2])
+
+
+@pytest.mark.parametrize("kind", MAPPED)
 @pytest.mark.parametrize(
     ("devices", "masked"), [(1, True), (2, True), (4, True), (8, True), (8, False)]
 )

@@ -378,6 +378,32 @@ def test_second_call_does_not_trace_again():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("custom_vjp", [True, False])
+@pytest.mark.parametrize("weights", [None, [True, False, True], [1.0, 0.0, 2.0]])
+def test_gradient_by_epsilon(weights, custom_vjp):
+    """That of a feature that is masked out whole, and normalized by nothing, is 0."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 3, 5))
+    w = np.ones(x.shape) if weights is None else np.repeat(weights, 5).reshape(x.shape) * 1.0
+    if weights is not None:
+        w[:, 4] = 0
+
+    def loss(x, epsilon, mask):
+        y, _ = jbn.batch_norm(x, epsilon=epsilon, mask=mask, custom_vjp=custom_vjp)
+        return jnp.sum(y * dy)
+
+    def definition(x, epsilon):
+        n = np.maximum(w.sum(0), 1)[None]
+        mean = (w * x).sum(0, keepdims=True) / n
+        var = (w * (x - mean) ** 2).sum(0, keepdims=True) / n
+        y = (x - mean) / jnp.sqrt(var + epsilon)
+        return jnp.sum(jnp.where(w.sum(0, keepdims=True) > 0, y, 0) * dy)
+
+    mask = None if weights is None else w.astype(np.asarray(weights).dtype)
+    actual = jax.grad(loss, (0, 1))(x, 0.1, mask)
+    for a, b in zip(actual, jax.grad(definition, (0, 1))(x, 0.1), strict=True):
+        close(a, b)
+
+
 def test_traced_hyperparameters_are_not_checked():
     y, _ = jax.jit(lambda e: jbn.batch_norm(DIFF[0], epsilon=e))(1e-3)
     close(y, jbn.batch_norm(DIFF[0], epsilon=1e-3)[0])
