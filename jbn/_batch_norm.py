@@ -346,9 +346,9 @@ def _normalize(
 #
 # and no more is written by hand. JAX itself carries df to dscale = rstd df and drstd = scale df,
 # and that through d rstd / d var = -rstd^3 / 2 to the statistics (where their rule, in _moments.py,
-# computes rstd too, it does so itself), which add dmean / N + 2 dvar c / N to dx. With xhat = rstd c
-# and D = sum(dz xhat), so that df = D / rstd and dvar = -scale rstd^2 D / 2, the three terms are
-# the textbook's
+# computes rstd too, it does so itself), which add dmean / N + 2 dvar c / N to dx. With
+# xhat = rstd c and D = sum(dz xhat), so that df = D / rstd and dvar = -scale rstd^2 D / 2, the
+# three terms are the textbook's
 #
 #     dx = scale rstd (dz - S / N - xhat D / N).
 #

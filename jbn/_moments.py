@@ -169,8 +169,8 @@ def statistics(
     batch: Batch,
     epsilon: Any = None,
     custom_vjp: bool = True,
-) -> tuple[Statistics, jax.Array | None]:
-    """`moments` of checked arguments, with the mean unrounded, and rstd if epsilon is given.
+) -> tuple[Statistics, Any]:
+    """`moments` of checked arguments, with the mean unrounded, and rstd [C] if epsilon is given.
 
     Only the local pass has a hand-written rule. The merge over devices is plain JAX on O(C)
     numbers, so JAX transposes its collective rightly under every kind of mapping. rstd is computed
@@ -182,11 +182,12 @@ def statistics(
     can_be_empty = _can_be_empty(axes, x, mask)
     number = epsilon if isinstance(epsilon, float) else None
     local = None if batch.exchanges else number
-    if custom_vjp:
-        stats, rstd = _local_statistics(axes, local, x_carrier, x, mask)
-    else:
-        plain = _local_statistics_plain(axes, x_carrier, mask)
-        stats, rstd = _in_memory(plain, local, can_be_empty)
+    computed: tuple[Statistics, Any] = (
+        _local_statistics(axes, local, x_carrier, x, mask)
+        if custom_vjp
+        else _in_memory(_local_statistics_plain(axes, x_carrier, mask), local, can_be_empty)
+    )
+    stats, rstd = computed
     stats = stats._replace(shift=stop_gradient(stats.shift))
     if batch.exchanges:
         merged = _merged(batch, axes, x, mask, stats)
