@@ -90,7 +90,8 @@ def batch_norm(
         bias: beta [C]; None for 0.
         axis: the feature axis or axes; all others are reduced.
         epsilon: added to the variance, 0 or more. Where var + epsilon is 0, x - mean is taken
-            over 1 and y = activation(bias + residual).
+            over 1 and y = activation(bias + residual). A new value that is not traced is compiled
+            anew.
         mask: boolean, or weights of at least 0, broadcasting to `x` as in NumPy: how much each
             element counts in the statistics. Those of weight 0 take no part; they are normalized
             all the same, so for gradients they must be finite.
