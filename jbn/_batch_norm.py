@@ -159,7 +159,7 @@ def batch_norm_inference(
         scale: gamma [C]; None for 1.
         bias: beta [C]; None for 0.
         axis: the feature axis or axes.
-        epsilon: added to the variance, 0 or more.
+        epsilon: added to the variance, 0 or more; as in `batch_norm`.
         residual: added before the activation, in the shape of `x`.
         activation: an elementwise function such as `jax.nn.relu`.
         dtype: of y; that of `x` by default.

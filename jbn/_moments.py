@@ -277,13 +277,14 @@ def _can_be_empty(axes: Axes, x: jax.Array, mask: jax.Array | None) -> bool:
 
 
 def _rstd_of(stats: Statistics, epsilon: Any, can_be_empty: bool) -> jax.Array:
-    return inverse_std(stats.var, epsilon, stats.count == 0 if can_be_empty else None)
+    """`inverse_std`; 0, with no gradient, where the batch is empty."""
+    var = jnp.where(stats.count == 0, jnp.inf, stats.var) if can_be_empty else stats.var
+    return inverse_std(var, epsilon)
 
 
-def inverse_std(var: jax.Array, epsilon: Any, empty: jax.Array | None = None) -> jax.Array:
-    """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite or the batch empty."""
-    v = var + jnp.asarray(epsilon, var.dtype)
-    return _rsqrt(v if empty is None else jnp.where(empty, jnp.inf, v))
+def inverse_std(var: jax.Array, epsilon: Any) -> jax.Array:
+    """1 / sqrt(var + epsilon); 0, with no gradient, where that is infinite."""
+    return _rsqrt(var + jnp.asarray(epsilon, var.dtype))
 
 
 @jax.custom_jvp
