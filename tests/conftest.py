@@ -41,8 +41,8 @@ def jax_settings(request):
     optax's optimizers and Flax's own layers raise under strict promotion.
     """
     with contextlib.ExitStack() as stack:
-        if request.node.get_closest_marker("quick_compile"):
-            stack.enter_context(quick_compile())
+        if mark := request.node.get_closest_marker("quick_compile"):
+            stack.enter_context(quick_compile(**mark.kwargs))
         for mark in request.node.iter_markers("standard_jax"):
             stack.enter_context(jax.enable_x64(mark.kwargs.get("x64", False)))
             stack.enter_context(jax.numpy_dtype_promotion("standard"))
@@ -51,16 +51,18 @@ def jax_settings(request):
 
 
 @contextlib.contextmanager
-def quick_compile() -> Iterator[None]:
+def quick_compile(same_hlo: bool = False) -> Iterator[None]:
     """Inside, programs compile without the optimizations of LLVM; those of XLA stay.
 
     And by XLA's older code generator for CPUs, where it still has it: together a small program
-    takes a fifth of the time. Tests of accuracy, of the HLO, and of what random arguments find are
-    not marked: they compile what users do.
+    takes a fifth of the time. That one fuses a little differently, so tests of the HLO are marked
+    `same_hlo` and do without. Tests of accuracy and of what random arguments find are not marked:
+    they compile what users do.
     """
+    has_older = jax.__version_info__ < (0, 11) and not same_hlo
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        with older_generator() if jax.__version_info__ < (0, 11) else contextlib.nullcontext():
+        with older_generator() if has_older else contextlib.nullcontext():
             yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)

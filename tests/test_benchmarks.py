@@ -16,7 +16,7 @@ from benchmarks.peers import PEERS, Prepared
 from tests import cases, oracle
 from tests.scripts import exits, unwrapped
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile(same_hlo=True)]
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CASES = [

@@ -15,7 +15,7 @@ from benchmarks import communication, hlo, traffic
 from benchmarks.communication import AXIS, Setting
 from tests.scripts import exits
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile(same_hlo=True)]
 
 ROWS, COLUMNS = 32, 128
 BYTES = 4 * COLUMNS

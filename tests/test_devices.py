@@ -503,37 +503,32 @@ def test_vmap_along_an_axis_that_an_explicit_mesh_splits(spec, groups):
     x = np.random.default_rng(0).normal(size=(8, 6, 4))
     options = {"axis_name": "d", "axis_index_groups": groups}
 
-    def f(x):
-        def loss(x):
-            y, moments = jbn.batch_norm(x, epsilon=0.1, **options)
-            return jnp.sum(y**3), (y, moments)
+    def loss(x):
+        y, moments = jbn.batch_norm(x, epsilon=0.1, **options)
+        return jnp.sum(y**3), (y, moments)
 
-        return jax.value_and_grad(loss, has_aux=True)(x)
+    def total(x):
+        return jnp.sum(jax.vmap(loss, axis_name="d")(x)[0])
 
-    def g(x):
-        return jbn.moments(x, **options)
-
-    def second(x):
-        """Of all batches together, as JAX differentiates the mapped program."""
-
-        def loss(x):
-            return jnp.sum(jax.vmap(f, axis_name="d")(x)[0][0])
-
-        return jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(loss)(x))))(x)
-
-    expected = jax.vmap(f, axis_name="d")(x), jax.vmap(g, axis_name="d")(x), second(x)
+    functions = (
+        jax.vmap(lambda x: jbn.moments(x, **options), axis_name="d"),
+        jax.vmap(jax.value_and_grad(loss, has_aux=True), axis_name="d"),
+        # Second derivatives of all batches together, as JAX differentiates the mapped program.
+        jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(total)(x)))),
+    )
+    expected = jax.jit(lambda x: [f(x) for f in functions])(x)
     mesh = mesh_of((4, 2), ("a", "b"), AxisType.Explicit)
     with jax.set_mesh(mesh):
         split = jax.device_put(x, jax.NamedSharding(mesh, spec))
-        moments = jax.vmap(g, axis_name="d")(split)
-        close(moments, expected[1])
+        moments = jax.jit(functions[0])(split)
+        close(moments, expected[0])
         assert jax.typeof(moments.mean).sharding.spec == P(spec[0], *(spec[2:] or [None]))
         try:
             jax.vmap(jax.jit(lambda x: jax.lax.psum(x, "d")), axis_name="d")(jnp.ones(8))
         except ValueError:
             pytest.skip("this JAX has no sum over a mapped axis on Explicit meshes, nor gradients")
-        close(jax.vmap(f, axis_name="d")(split), expected[0])
-        close(second(split), expected[2], 1e-10)
+        close(jax.jit(functions[1])(split), expected[1])
+        close(jax.jit(functions[2])(split), expected[2], 1e-10)
 
 
 def nested(f):
@@ -604,7 +599,7 @@ def test_closed_over_slope_under_shard_map():
         out_specs=P(),
     )
     args = (x, jnp.float64(0.3))
-    close(jax.grad(f, (0, 1))(*args), jax.grad(total, (0, 1))(*args))
+    close(jax.jit(jax.grad(f, (0, 1)))(*args), jax.jit(jax.grad(total, (0, 1)))(*args))
 
 
 @pytest.mark.parametrize(
@@ -629,10 +624,11 @@ def test_a_batch_that_is_not_split_over_every_named_axis(name, spec):
 
     split = "s" in spec and name == "d"  # then each half along s is a batch of its own
     f_mapped = jax.shard_map(local, mesh=mesh_of((4, 2), ("d", "s")), in_specs=spec, out_specs=P())
-    value, grad = jax.value_and_grad(f_mapped)(x)
-    parts = [x[:4], x[4:]] if split else [x]
-    close(value, sum(f(part)[0] for part in parts))
-    close(grad, np.concatenate([jax.grad(lambda x: f(x)[0])(part) for part in parts]))
+    value, grad = jax.jit(jax.value_and_grad(f_mapped))(x)
+    alone = jax.jit(jax.value_and_grad(lambda x: f(x)[0]))
+    values, grads = zip(*map(alone, [x[:4], x[4:]] if split else [x]), strict=True)
+    close(value, sum(values))
+    close(grad, np.concatenate(grads))
 
 
 @pytest.mark.parametrize("devices", [1, 8])

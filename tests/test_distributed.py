@@ -41,6 +41,7 @@ class Process:
             "JAX_NUM_CPU_DEVICES": f"{devices}",
             "JAX_COMPILATION_CACHE_DIR": f"{cache}",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         command = [sys.executable, "-m", "tests.faulty_process", str(self.record)]
         with self.log.open("w") as log:

@@ -18,7 +18,7 @@ import pytest
 
 from tests.scripts import exits, table_rows, unwrapped
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NETWORKS = ["plain", "batch norm"]

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import folding, networks, traffic
 from tests.scripts import exits
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile(same_hlo=True)]
 
 IMAGES = (4, 32, 32, 3)
 

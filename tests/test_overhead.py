@@ -10,7 +10,7 @@ import jbn
 import jbn.linen
 from benchmarks import overhead
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile]
 
 SHAPE = (16, 4)
 

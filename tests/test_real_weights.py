@@ -15,7 +15,7 @@ import jbn.linen
 from jbn import convert
 from tests.real_networks import CosmicRays, Emotions, fetch, keras_on_jax
 
-pytestmark = pytest.mark.standard_jax(x64=True)
+pytestmark = [pytest.mark.standard_jax(x64=True), pytest.mark.quick_compile]
 
 
 def as_float64(variables):

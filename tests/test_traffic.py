@@ -7,7 +7,7 @@ import pytest
 from benchmarks import hlo, traffic
 from tests.scripts import exits
 
-pytestmark = pytest.mark.standard_jax
+pytestmark = [pytest.mark.standard_jax, pytest.mark.quick_compile(same_hlo=True)]
 
 X = jax.ShapeDtypeStruct((64, 8, 8, 128), "float32")
 C = jax.ShapeDtypeStruct((128,), "float32")

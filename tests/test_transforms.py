@@ -76,7 +76,7 @@ def test_check_grads():
 
 def test_first_order():
     every = tuple(range(4))
-    expected = jax.grad(naive, every)(*DIFF)
+    expected = jax.jit(jax.grad(naive, every))(*DIFF)
     value, grads = jax.value_and_grad(loss, every)(*DIFF)
     close(grads, expected)
     close(value, naive(*DIFF))
@@ -305,14 +305,14 @@ def test_derivatives_of_a_constant_feature():
         def var(v, custom_vjp=custom_vjp):
             return jnp.sum(jbn.batch_norm(v[:, None], custom_vjp=custom_vjp)[1].var)
 
-        close(jax.jacrev(jax.grad(var))(v), 2 * (jnp.eye(3) - 1 / 3) / 3)
+        close(jax.jit(jax.jacrev(jax.grad(var)))(v), 2 * (jnp.eye(3) - 1 / 3) / 3)
 
     c, d = jnp.arange(3.0), jnp.array([1.0, 2, -3])
 
     def third(f):
         first = jax.grad(f)
         second = jax.grad(lambda v: jnp.vdot(first(v), d))
-        return jax.grad(lambda v: jnp.vdot(second(v), d))(v)
+        return jax.jit(jax.grad(lambda v: jnp.vdot(second(v), d)))(v)
 
     def y(v, **options):
         return jnp.vdot(jbn.batch_norm(v[:, None], epsilon=1.0, **options)[0][:, 0], c)
