@@ -210,12 +210,15 @@ def test_readme_figures_of_the_speed():
         cells[0].removesuffix(", 100 layers"): cells[3]
         for cells in _cells((RESULTS / "overhead-cpu.txt").read_text(), "│")
     }
-    assert f"takes {overhead['all']} times as long as with Linen" in section
-    assert f"(tracing {overhead['trace']}, compiling {overhead['compile']};" in section
+    text = " ".join(section.split())
+    assert f"takes {overhead['all']} times as long as with Linen" in text
+    assert f"(tracing {overhead['trace']}, compiling {overhead['compile']};" in text
     both, forward = overhead["call, forward and backward"], overhead["call, forward"]
-    assert f"256x128, {forward} times forward and {both} times forward and back" in " ".join(
-        section.split()
-    )
+    assert f"256x128, {forward} times forward and {both} times forward and back" in text
+    table = _cells((RESULTS / "speed-cpu-amd.txt").read_text(), "│")
+    [[plain, narrow, relu, narrow_relu]] = (cells for name, *cells in table if name == "jbn")
+    assert f"to {plain} in float32 and {relu} with relu" in text
+    assert f"in bfloat16 to {narrow} and {narrow_relu}" in text
 
     errors = {(r["peer"], r["mean"], r["std"]): r["y_error"] for r in measured["accuracy"]}
     section = README.split("### Accuracy")[1].split("\n### ")[0]
