@@ -56,8 +56,8 @@ def quick_compile(same_hlo: bool = False) -> Iterator[None]:
 
     And by XLA's older code generator for CPUs, where it still has it: together a small program
     takes a fifth of the time. That one fuses a little differently, so tests of the HLO are marked
-    `same_hlo` and do without. Tests of accuracy and of what random arguments find are not marked:
-    they compile what users do.
+    `same_hlo` and do without. `test_moments.py`, on accuracy, and `test_properties.py`, on random
+    arguments, are not marked: they compile what users do.
     """
     has_older = jax.__version_info__ < (0, 11) and not same_hlo
     jax.config.update("jax_disable_most_optimizations", True)
