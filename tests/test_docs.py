@@ -215,8 +215,11 @@ def test_readme_figures_of_the_speed():
     assert f"(tracing {overhead['trace']}, compiling {overhead['compile']};" in text
     both, forward = overhead["call, forward and backward"], overhead["call, forward"]
     assert f"256x128, {forward} times forward and {both} times forward and back" in text
-    table = _cells((RESULTS / "speed-cpu-amd.txt").read_text(), "│")
-    [[plain, narrow, relu, narrow_relu]] = (cells for name, *cells in table if name == "jbn")
+    cells = list(_cells((RESULTS / "speed-cpu-amd.txt").read_text(), "│"))
+    table = {name: row for name, *row in cells if name}
+    plain, narrow, relu, narrow_relu = table["jbn"]
+    torch = table["torch-channels-last"]
+    assert f"ahead without relu, at {torch[0]} and {torch[1]}" in text
     assert f"to {plain} in float32 and {relu} with relu" in text
     assert f"in bfloat16 to {narrow} and {narrow_relu}" in text
 
