@@ -42,7 +42,7 @@ def jax_settings(request):
     """
     with contextlib.ExitStack() as stack:
         if mark := request.node.get_closest_marker("quick_compile"):
-            stack.enter_context(quick_compile(**mark.kwargs))
+            stack.enter_context(quick_compile(*mark.args, **mark.kwargs))
         for mark in request.node.iter_markers("standard_jax"):
             stack.enter_context(jax.enable_x64(mark.kwargs.get("x64", False)))
             stack.enter_context(jax.numpy_dtype_promotion("standard"))

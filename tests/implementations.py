@@ -96,13 +96,15 @@ def lowered_for(platform: str) -> Iterator[None]:
     compiled = (_batch_norm._batch_norm, _batch_norm._batch_norm_inference, _moments._moments)
     for function in compiled:
         function.clear_cache()
-    with (
-        mock.patch.object(_lowering, "by_platform", choose),
-        mock.patch.object(_lowering, "is_small", return_value=False),
-    ):
-        yield
-    for function in compiled:
-        function.clear_cache()
+    try:
+        with (
+            mock.patch.object(_lowering, "by_platform", choose),
+            mock.patch.object(_lowering, "is_small", return_value=False),
+        ):
+            yield
+    finally:
+        for function in compiled:
+            function.clear_cache()
 
 
 def gpu(case: Case, args: dict[str, Any]) -> tuple[Any, jbn.Moments]:

@@ -215,8 +215,8 @@ def test_readme_figures_of_the_speed():
     assert f"(tracing {overhead['trace']}, compiling {overhead['compile']};" in text
     both, forward = overhead["call, forward and backward"], overhead["call, forward"]
     assert f"256x128, {forward} times forward and {both} times forward and back" in text
-    cells = list(_cells((RESULTS / "speed-cpu-amd.txt").read_text(), "│"))
-    table = {name: row for name, *row in cells if name}
+    lines = _cells((RESULTS / "speed-cpu-amd.txt").read_text(), "│")
+    table = {name: row for name, *row in lines if name}
     plain, narrow, relu, narrow_relu = table["jbn"]
     torch = table["torch-channels-last"]
     assert f"ahead without relu, at {torch[0]} and {torch[1]}" in text

@@ -45,8 +45,12 @@ def environment() -> dict[str, str]:
     And programs compile without LLVM's optimizations, in three quarters of the time.
     """
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
-    defaults = {"JAX_PLATFORMS": "cpu", "JAX_NUMPY_RANK_PROMOTION": "raise", "FLAX_PROFILE": "1"}
-    defaults["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    defaults = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "FLAX_PROFILE": "1",
+    }
     return {**defaults, **os.environ, "XLA_FLAGS": " ".join(flags)}
 
 
